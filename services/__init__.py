@@ -1,0 +1,1 @@
+"""The programs of redmesh: proxy, controller, agent, simengine and the command line."""

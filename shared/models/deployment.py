@@ -1,0 +1,141 @@
+"""A deployment: what the operator declares about one model, and what follows from it.
+
+`DeploymentSpec` is the operator's document (one entry of `models` in a models file); its JSON
+Schema ships beside this file as `deployments.schema.json`. `Deployment` is that spec as stored,
+with its generation. A `revision` names the part of a spec that changes the engine: two specs with
+the same revision run the same engine.
+"""
+
+import hashlib
+from enum import StrEnum
+
+import msgspec
+
+
+class EngineKind(StrEnum):
+    """Who runs the engine."""
+
+    VLLM = "vllm"
+    """A vLLM process, started and watched by the agent."""
+    SIM = "sim"
+    """A simengine process, started and watched by the agent."""
+    EXTERNAL = "external"
+    """An OpenAI-compatible server that runs already: probed and routed, not started or stopped."""
+
+
+class Quantization(StrEnum):
+    """How the weights are quantized; `none` leaves it to the checkpoint."""
+
+    NONE = "none"
+    AWQ = "awq"
+    GPTQ = "gptq"
+    COMPRESSED_TENSORS = "compressed-tensors"
+    INT8 = "int8"
+    FP8 = "fp8"
+    BITSANDBYTES = "bitsandbytes"
+
+
+class EngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How one replica's engine is run."""
+
+    kind: EngineKind = EngineKind.VLLM
+    model: str = ""
+    """Hub id or path of the weights; a relative path is resolved against the models file."""
+    runner: str = "generate"
+    """`generate` or `pooling` (embeddings, scores)."""
+    max_model_len_tokens: int | None = None
+    dtype: str = "auto"
+    quantization: Quantization = Quantization.NONE
+    chat_template: str | None = None
+    """Path of a Jinja template for models without one; relative as `model`."""
+    max_num_seqs: int | None = None
+    """Sequences the engine runs at once."""
+    max_queued_requests: int = 512
+    """The engine's own backstop: in-flight requests above it are rejected with 503."""
+    kv_cache_memory_bytes: int | None = None
+    shutdown_timeout_s: int = 30
+    """Seconds an engine gets to finish what is in flight after SIGTERM."""
+    startup_timeout_s: int = 900
+    """Seconds from start to READY before the replica counts as failed."""
+    args: tuple[str, ...] = ()
+    """Further engine arguments, passed as they are."""
+    env: dict[str, str] = msgspec.field(default_factory=dict[str, str])
+    """Further environment of the engine. Secrets do not belong here: this is stored in Redis."""
+    urls: tuple[str, ...] = ()
+    """`external` only: base URLs, one replica each."""
+    api_key_env: str | None = None
+    """`external` only: name of the environment variable that holds the servers' API key."""
+
+
+class ResourceSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one replica needs of its host."""
+
+    gpus: int = 0
+    gpu_memory_bytes: int = 0
+    """Per GPU; 0 means whatever the GPU has."""
+    cpus: float = 1.0
+    memory_bytes: int = 1 << 30
+
+
+class ReplicaBounds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How many replicas are wanted, and between which bounds `redmesh scale` may move that."""
+
+    count: int = 1
+    min: int = 0
+    max: int = 1024
+
+
+class RoutingSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How requests are spread over the replicas."""
+
+    max_requests_per_replica: int = 256
+    """A replica with this many reservations is full. Keep it below the engine's own limit."""
+    max_requests: int = 100_000
+    """Cap on reservations of the whole model."""
+    request_timeout_s: float = 600.0
+    """Longest wait for the first byte of an answer, all tries together."""
+    inter_byte_timeout_s: float = 120.0
+    """Longest silence in the middle of an answer."""
+    affinity_absolute: int = 0
+    """An affinity candidate wins while its score is at most min + this, or min × the next."""
+    affinity_relative: float = 1.0
+
+
+class DeploymentSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One model as the operator declares it."""
+
+    name: str
+    aliases: tuple[str, ...] = ()
+    """Other names clients may use for the model, such as its hub id."""
+    engine: EngineSpec = msgspec.field(default_factory=EngineSpec)
+    resources: ResourceSpec = msgspec.field(default_factory=ResourceSpec)
+    replicas: ReplicaBounds = msgspec.field(default_factory=ReplicaBounds)
+    routing: RoutingSpec = msgspec.field(default_factory=RoutingSpec)
+
+    def revision(self) -> str:
+        """Name the engine that this spec runs: 10 hexadecimal digits of a content hash."""
+        content = msgspec.json.encode(
+            (self.name, self.aliases, self.engine, self.resources), order="deterministic"
+        )
+        return hashlib.sha256(content).hexdigest()[:10]
+
+
+class Deployment(msgspec.Struct, frozen=True, kw_only=True):
+    """A declared deployment as stored: field `<model>` of the fleet's `deployments` hash."""
+
+    spec: DeploymentSpec
+    generation: int
+    """Grows by one with every change; a write names the generation it saw."""
+    replicas: int
+    """Replicas wanted now: `spec.replicas.count` until somebody scales."""
+    deleted: bool = False
+    """Set by `redmesh delete`: the controller drains everything, then forgets the model."""
+    updated_ms: int = 0
+    updated_by: str = ""
+
+
+class ModelsFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The document that `redmesh apply -f` reads."""
+
+    models: tuple[DeploymentSpec, ...]
+    schema: str = msgspec.field(default="", name="$schema")
