@@ -9,17 +9,19 @@ from shared.lifecycle import Loops, every, run_until_stopped, stop_signals
 
 async def test_leaving_cancels_and_awaits_every_loop() -> None:
     """When the owner leaves, no task of it is left running."""
+    started = asyncio.Event()
     ended = asyncio.Event()
 
     async def body() -> None:
         try:
+            started.set()
             await asyncio.Event().wait()
         finally:
             ended.set()
 
     async with Loops() as loops:
         task = loops.start("body", body())
-        await asyncio.sleep(0)
+        await started.wait()
     assert ended.is_set()
     assert task.done()
 
