@@ -1,0 +1,48 @@
+# Sourced by the scripts beside it: where the repository is, how they speak, which Python they use.
+# shellcheck shell=bash
+
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+tools="$repository/.tools"
+
+say() { printf 'setup: %s\n' "$*"; }
+
+die() {
+  printf 'setup: %s\n' "$*" >&2
+  exit 1
+}
+
+# can_run PYTHON: it exists and is 3.11 or newer (a pyenv shim may exist and still not run).
+can_run() {
+  "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
+}
+
+# find_python: print the first Python 3.11 or newer on PATH.
+find_python() {
+  local name
+  for name in python3 python3.11 python3.12 python3.13 python3.14 python; do
+    if can_run "$name"; then
+      command -v "$name"
+      return
+    fi
+  done
+  die "no Python 3.11 or newer on PATH; on Debian 12: apt-get install python3"
+}
+
+# apt_install PACKAGE...: install Debian packages as root, without starting the services in them.
+apt_install() {
+  local policy=/usr/sbin/policy-rc.d ours=no status=0
+  # Debian asks this file before it starts a service; 101 means no.
+  if [ ! -e "$policy" ]; then
+    printf '#!/bin/sh\nexit 101\n' >"$policy"
+    chmod +x "$policy"
+    ours=yes
+  fi
+  {
+    apt-get update -qq &&
+      DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@"
+  } </dev/null >/dev/null || status=$?
+  [ "$ours" = no ] || rm -f "$policy"
+  return "$status"
+}
+
+may_apt() { [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; }
