@@ -71,10 +71,21 @@ class ResourceSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """What one replica needs of its host."""
 
     gpus: int = 0
+    """GPUs that a `vllm` replica runs on; 0 runs it on the CPU. Other kinds use none."""
     gpu_memory_bytes: int = 0
-    """Per GPU; 0 means whatever the GPU has."""
+    """Reserved on each of its GPUs; replicas that name it may share a GPU. 0 takes GPUs whole.
+
+    The agent turns it into the engine's share: this over the GPU's own memory.
+    """
+    cpu_fallback: bool = False
+    """Run on the CPU of a host without GPUs while the fleet knows no host with such GPUs.
+
+    The decision is the order's: `gpu_indices` names the GPUs; empty means CPU.
+    """
     cpus: float = 1.0
+    """CPU cores it is expected to use: balances hosts, refuses none."""
     memory_bytes: int = 1 << 30
+    """Main memory that a `vllm` replica needs: a host whose memory is spoken for gets no more."""
 
 
 class ReplicaBounds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
