@@ -31,7 +31,7 @@ STAMP_NAME = "redmesh-engine.json"
 PROBE_TIMEOUT_S = 30.0
 IMPORT_TIMEOUT_S = 600.0
 IMPORT_CHECK = (
-    "import torch, vllm, vllm.entrypoints.openai.api_server;"
+    "import torch, vllm, vllm.entrypoints.openai.api_server, vllm.v1.engine.core;"
     "print('vllm', vllm.__version__, 'torch', torch.__version__)"
 )
 
@@ -67,10 +67,9 @@ def has_nvidia_gpu() -> bool:
 
 def fingerprint(variant: str) -> str:
     """Hash everything the environment is made from, so that a change of any of it is seen."""
-    digest = hashlib.sha256()
-    digest.update(f"{variant} {platform.python_version()} {platform.machine()}".encode())
-    for source in (Path(__file__), HERE / f"{variant}.lock"):
-        digest.update(source.read_bytes())
+    made_from = [variant, platform.python_version(), platform.machine(), TORCH_CPU]
+    digest = hashlib.sha256(" ".join(made_from).encode())
+    digest.update((HERE / f"{variant}.lock").read_bytes())
     return digest.hexdigest()
 
 
@@ -154,10 +153,15 @@ def build(home: Path, variant: str) -> None:
 
 
 def check_imports(python: Path) -> None:
-    """Import vLLM's server once: proof that it is whole, and it warms the bytecode cache."""
+    """Import vLLM once: proof that it is whole, and it fills the bytecode cache.
+
+    Without that cache each of an engine's three processes compiles thousands of modules when it
+    starts: 88 s instead of 29 s on two cores.
+    """
     say("import check ...")
     env = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
-    env.pop("PYTHONPATH", None)
+    for hindrance in ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE"):
+        env.pop(hindrance, None)
     started = time.monotonic()
     try:
         tried = subprocess.run(
