@@ -1,0 +1,1 @@
+"""The controller: one leader among any number of standbys keeps the declared models running."""
