@@ -1,0 +1,37 @@
+-- fleet/forget_deployment: remove a deployment and its revisions, once its last replica is gone.
+--
+-- Guarantee: only a deployment that is marked deleted (or does not parse), only by the leader.
+-- KEYS 3
+--   1 string {ctl}:epoch
+--   2 hash {ctl}:deployments
+--   3 hash {ctl}:revisions
+-- ARGV 2
+--   1 epoch: fencing number
+--   2 model: name
+-- RETURN
+--   OK
+--   FENCED epoch owner: another controller leads
+--   CONFLICT generation: it has been declared again
+-- Cost: O(revisions)
+-- Callers: controller
+--@include lib/outdated
+local epoch, deployments, revisions = KEYS[1], KEYS[2], KEYS[3]
+local mine, model = ARGV[1], ARGV[2]
+redis.call('HDEL', deployments, '')
+redis.call('HDEL', revisions, '')
+
+local parsed, content = pcall(cjson.decode, redis.call('HGET', deployments, model) or 'null')
+local refusal = outdated(epoch, mine)
+if refusal then
+  return refusal
+elseif parsed and type(content) == 'table' and content.deleted ~= true then
+  return { 'CONFLICT', tostring(content.generation) }
+end
+redis.call('HDEL', deployments, model)
+local prefix = model .. '@'
+for _, field in ipairs(redis.call('HKEYS', revisions)) do
+  if string.sub(field, 1, #prefix) == prefix then
+    redis.call('HDEL', revisions, field)
+  end
+end
+return { 'OK' }

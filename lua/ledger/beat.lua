@@ -1,0 +1,48 @@
+-- ledger/beat: a proxy says that it lives and how many requests wait in its queue.
+--
+-- Guarantee: registers the proxy, clears any suspicion, and counts what Redis holds for it.
+-- KEYS 5
+--   1 zset {M}:px
+--   2 hash {M}:lease:<proxy>
+--   3 hash {M}:wait
+--   4 string {M}:ver
+--   5 zset {M}:suspect
+-- ARGV 3
+--   1 proxy: name
+--   2 waiting: requests
+--   3 silence: ms
+-- RETURN
+--   OK leases ver known waiting silent: known 0 = it had been reaped and must adopt what it
+--   relays; waiting = of all proxies; silent = proxies due for ledger/suspects
+-- Cost: O(proxies)
+-- Callers: proxy
+--@include lib/whole
+--@include lib/digits
+--@include lib/now_ms
+local px, lease, wait, ver, suspect = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+local proxy = ARGV[1]
+local waiting = whole(ARGV[2], 0, 0, 1e9)
+local silence = whole(ARGV[3], 5000, 1, 1e9)
+redis.call('ZREM', px, '')
+redis.call('ZREM', suspect, '')
+redis.call('HDEL', wait, '')
+
+local now = now_ms()
+local known = redis.call('ZSCORE', px, proxy) and 1 or 0
+local leases = redis.call('HLEN', lease)
+local version = redis.call('GET', ver) or '0'
+redis.call('ZADD', px, digits(now), proxy)
+redis.call('ZREM', suspect, proxy)
+if waiting > 0 then
+  redis.call('HSET', wait, proxy, digits(waiting))
+else
+  redis.call('HDEL', wait, proxy)
+end
+local total = 0
+for _, count in ipairs(redis.call('HVALS', wait)) do
+  total = total + whole(count, 0, 0, 1e9)
+end
+-- A beat far in the future comes from a clock that went back: ledger/suspects mends it.
+local silent = redis.call('ZCOUNT', px, '-inf', '(' .. digits(now - silence))
+  + redis.call('ZCOUNT', px, '(' .. digits(now + silence), '+inf')
+return { 'OK', leases, version, known, total, silent }

@@ -1,0 +1,229 @@
+"""What concerns the fleet as a whole: deployments, hosts, orders, members, holds and events.
+
+Every hash is read whole and parsed field by field; a field that does not parse is left out and
+named in `corrupt` of the result, so that foreign data can be reported and hurts nobody.
+"""
+
+import contextlib
+from typing import Any, Final, TypeVar
+
+import msgspec
+
+from shared.ids import check_name
+from shared.models.deployment import Deployment
+from shared.models.event import Event, EventLevel
+from shared.models.host import Hold, Host, Member
+from shared.models.order import Order
+from shared.registry.connection import Argument, Connection
+from shared.registry.keys import HOST_PART, Keys
+from shared.registry.ledger import READ
+from shared.registry.library import ScriptSpec
+from shared.registry.results import (
+    Fence,
+    Records,
+    Refused,
+    pairs,
+    refused,
+    text_of,
+    whole_number,
+)
+
+DECLARE: Final = ScriptSpec(
+    "fleet/declare", "ctl", ("deployments", "revisions"), ("OK", "CONFLICT")
+)
+FORGET_DEPLOYMENT: Final = ScriptSpec(
+    "fleet/forget_deployment",
+    "ctl",
+    ("epoch", "deployments", "revisions"),
+    ("OK", "FENCED", "CONFLICT"),
+)
+ORDER: Final = ScriptSpec("fleet/order", "ctl", ("epoch", HOST_PART), ("OK", "FENCED"))
+FORGET_HOST: Final = ScriptSpec(
+    "fleet/forget_host", "ctl", ("epoch", "hosts", HOST_PART, "members", "hb"), ("OK", "FENCED")
+)
+BEAT: Final = ScriptSpec("fleet/beat", "ctl", ("members", "hb"), ("OK",))
+LEAVE: Final = ScriptSpec("fleet/leave", "ctl", ("members", "hb"), ("OK",))
+MEMBERS: Final = ScriptSpec("fleet/members", "ctl", ("members", "hb"), ("OK",))
+
+EVENTS_KEPT: Final = 10_000
+
+T = TypeVar("T")
+
+
+class MemberSeen(msgspec.Struct, frozen=True):
+    """A member and how long ago Redis last heard of it; a lost beat counts as very long."""
+
+    member: Member
+    seen_ms_ago: int
+
+
+class Fleet:
+    """The fleet's records."""
+
+    def __init__(self, connection: Connection, keys: Keys) -> None:
+        self._connection = connection
+        self._keys = keys.fleet
+
+    async def deployments(self) -> Records[Deployment]:
+        """Read every declared deployment by model."""
+        return await self._records(self._keys.deployments, Deployment)
+
+    async def declare(self, model: str, deployment: Deployment, expected_generation: int) -> bool:
+        """Store a deployment if its generation is still the expected one (0: not there).
+
+        Returns False when somebody else was faster: read again, decide again.
+        """
+        spec = deployment.spec
+        reply = await self._connection.evalsha(
+            DECLARE,
+            self._keys.pick(DECLARE.keys),
+            (
+                check_name("model", model),
+                expected_generation,
+                msgspec.json.encode(deployment),
+                spec.revision(),
+                msgspec.json.encode(spec),
+            ),
+        )
+        return reply[0] == b"OK"
+
+    async def forget_deployment(self, fence: Fence, model: str) -> Refused | None:
+        """Remove a deployment that is marked deleted, with its revisions."""
+        keys = self._keys.pick(FORGET_DEPLOYMENT.keys)
+        reply = await self._connection.evalsha(FORGET_DEPLOYMENT, keys, (fence.epoch, model))
+        return _refusal(reply)
+
+    async def hosts(self) -> Records[Host]:
+        """Read every registered host by name."""
+        return await self._records(self._keys.hosts, Host)
+
+    async def put_host(self, host: Host) -> None:
+        """Register a host, as its agent."""
+        check_name("host", host.host)
+        await self._put(self._keys.hosts, host.host, host)
+
+    async def forget_host(self, fence: Fence, host: str) -> Refused | None:
+        """Remove a host with its orders."""
+        keys = self._keys.pick(FORGET_HOST.keys, host)
+        return _refusal(await self._connection.evalsha(FORGET_HOST, keys, (fence.epoch, host)))
+
+    async def orders(self, host: str) -> Records[Order]:
+        """Read the orders to a host's agent by replica id."""
+        return await self._records(self._keys.orders(host), Order)
+
+    async def put_order(self, fence: Fence, host: str, order: Order) -> Refused | None:
+        """Give an order to a host's agent; the same order again changes nothing."""
+        return await self._order(fence, host, order.rid, msgspec.json.encode(order))
+
+    async def drop_order(self, fence: Fence, host: str, rid: str) -> Refused | None:
+        """Take an order back; its absence never stops an engine."""
+        return await self._order(fence, host, rid, b"")
+
+    async def beat(self, member: Member) -> None:
+        """Say that a member lives and who it is."""
+        check_name(member.kind, member.id)
+        keys = self._keys.pick(BEAT.keys)
+        await self._connection.evalsha(BEAT, keys, (member.field, msgspec.json.encode(member)))
+
+    async def members(self) -> Records[MemberSeen]:
+        """Read every member by `<kind>:<id>`, with how long ago it was last heard of."""
+        keys = self._keys.pick(MEMBERS.keys)
+        _, now, records, beats = await self._connection.evalsha(MEMBERS, keys, ())
+        now_ms = whole_number(now)
+        seen = pairs(beats)
+        members, corrupt = _parse(pairs(records), Member)
+        return Records(
+            {
+                field: MemberSeen(
+                    member, max(0, now_ms - whole_number(seen.get(field.encode(), b"0")))
+                )
+                for field, member in members.items()
+            },
+            corrupt,
+        )
+
+    async def forget_member(self, field: str) -> None:
+        """Remove a member that is gone."""
+        await self._connection.evalsha(LEAVE, self._keys.pick(LEAVE.keys), (field,))
+
+    async def holds(self) -> Records[Hold]:
+        """Read every cordon and drain by subject."""
+        return await self._records(self._keys.holds, Hold)
+
+    async def put_hold(self, hold: Hold) -> None:
+        """Ask to keep work away from a host or a replica."""
+        check_name("hold", hold.subject)
+        await self._put(self._keys.holds, hold.subject, hold)
+
+    async def drop_hold(self, subject: str) -> bool:
+        """Withdraw a hold; tells whether there was one."""
+        return await self._connection.command("HDEL", self._keys.holds, subject) == 1
+
+    async def emit(self, event: Event) -> None:
+        """Append an event; the oldest beyond some ten thousand are dropped."""
+        fields: list[Argument] = []
+        for name in ("kind", "subject", "message", "level", "source", "at_ms"):
+            fields += (name, str(getattr(event, name)))
+        await self._connection.command(
+            "XADD", self._keys.events, "MAXLEN", "~", EVENTS_KEPT, "*", *fields
+        )
+
+    async def events(self, count: int, after_id: str | None = None) -> list[Event]:
+        """Read the newest `count` events, or the first `count` after `after_id`; oldest first."""
+        key = self._keys.events
+        if after_id is None:
+            entries: list[Any] = await self._connection.command(
+                "XREVRANGE", key, "+", "-", "COUNT", count
+            )
+            entries.reverse()
+        else:
+            entries = await self._connection.command(
+                "XRANGE", key, f"({after_id}", "+", "COUNT", count
+            )
+        events: list[Event] = []
+        for entry in entries:
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                events.append(_event(text_of(entry[0]), entry[1]))
+        return events
+
+    async def _records(self, key: str, kind: type[T]) -> Records[T]:
+        reply = await self._connection.evalsha(READ, (key,), ())
+        return Records(*_parse(pairs(reply[1:]), kind))
+
+    async def _put(self, key: str, field: str, record: msgspec.Struct) -> None:
+        await self._connection.command("HSET", key, field, msgspec.json.encode(record))
+
+    async def _order(self, fence: Fence, host: str, rid: str, order: bytes) -> Refused | None:
+        keys = self._keys.pick(ORDER.keys, host)
+        args = (fence.epoch, check_name("replica", rid), order)
+        return _refusal(await self._connection.evalsha(ORDER, keys, args))
+
+
+def _parse(fields: dict[bytes, bytes], kind: type[T]) -> tuple[dict[str, T], tuple[str, ...]]:
+    decoder = msgspec.json.Decoder(kind)
+    records: dict[str, T] = {}
+    corrupt: list[str] = []
+    for field, value in fields.items():
+        try:
+            records[text_of(field)] = decoder.decode(value)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            corrupt.append(text_of(field))
+    return records, tuple(corrupt)
+
+
+def _event(stream_id: str, raw: dict[bytes, bytes] | list[bytes]) -> Event:
+    fields = raw if isinstance(raw, dict) else pairs(raw)
+    values = {text_of(name): text_of(value) for name, value in fields.items()}
+    return Event(
+        kind=values["kind"],
+        subject=values["subject"],
+        message=values["message"],
+        level=EventLevel(values.get("level", EventLevel.INFO)),
+        source=values.get("source", ""),
+        at_ms=whole_number(values.get("at_ms")) or whole_number(stream_id.partition("-")[0]),
+        id=stream_id,
+    )
+
+
+def _refusal(reply: list[Any]) -> Refused | None:
+    return None if reply[0] == b"OK" else refused(reply)

@@ -1,0 +1,178 @@
+"""Every Redis key and channel of redmesh, built here and nowhere else.
+
+All keys of one model share the hash tag `{<model>}` and all keys of the fleet the tag `{ctl}`, so
+that each script's keys live in one slot of a Redis Cluster. Names are checked before they come near
+a key: none can hold a brace. The tables here are what `docs/redis.md` documents; a test keeps them
+alike.
+"""
+
+from collections.abc import Iterable
+from types import MappingProxyType
+from typing import Final
+
+from shared.ids import check_name
+
+MODEL_KEYS: Final = MappingProxyType(
+    {
+        "spec": "hash",
+        "fence": "hash",
+        "replicas": "hash",
+        "ready": "zset",
+        "weight": "hash",
+        "cost": "hash",
+        "nreq": "hash",
+        "lease:<proxy>": "hash",
+        "px": "zset",
+        "suspect": "zset",
+        "wait": "hash",
+        "hb": "zset",
+        "stat": "hash",
+        "ver": "string",
+    }
+)
+"""Suffix → type of the keys of one model."""
+
+FLEET_KEYS: Final = MappingProxyType(
+    {
+        "leader": "hash",
+        "epoch": "string",
+        "deployments": "hash",
+        "revisions": "hash",
+        "hosts": "hash",
+        "orders:<host>": "hash",
+        "members": "hash",
+        "hb": "zset",
+        "holds": "hash",
+        "events": "stream",
+        "apikeys": "hash",
+        "schema": "string",
+    }
+)
+"""Suffix → type of the keys of the fleet."""
+
+EXPIRING_KEYS: Final = frozenset({"{ctl}:leader"})
+"""Keys that must have a TTL; no other key has one."""
+
+PROXY_PART: Final = "lease:<proxy>"
+HOST_PART: Final = "orders:<host>"
+
+
+class ModelKeys:
+    """The keys of one model."""
+
+    __slots__ = (
+        "channel",
+        "cost",
+        "fence",
+        "hb",
+        "model",
+        "nreq",
+        "prefix",
+        "px",
+        "ready",
+        "replicas",
+        "spec",
+        "stat",
+        "suspect",
+        "ver",
+        "wait",
+        "weight",
+    )
+
+    def __init__(self, prefix: str, model: str) -> None:
+        check_name("model", model)
+        self.model = model
+        self.prefix = f"{prefix}:{{{model}}}:"
+        self.spec = self.prefix + "spec"
+        self.fence = self.prefix + "fence"
+        self.replicas = self.prefix + "replicas"
+        self.ready = self.prefix + "ready"
+        self.weight = self.prefix + "weight"
+        self.cost = self.prefix + "cost"
+        self.nreq = self.prefix + "nreq"
+        self.px = self.prefix + "px"
+        self.suspect = self.prefix + "suspect"
+        self.wait = self.prefix + "wait"
+        self.hb = self.prefix + "hb"
+        self.stat = self.prefix + "stat"
+        self.ver = self.prefix + "ver"
+        self.channel = f"{prefix}:routes:{model}"
+
+    def lease(self, proxy: str) -> str:
+        """Name the hash of the reservations that `proxy` holds."""
+        return f"{self.prefix}lease:{check_name('proxy', proxy)}"
+
+    def pick(self, suffixes: Iterable[str], proxy: str = "") -> tuple[str, ...]:
+        """Name the keys that a script declares, in its order."""
+        return tuple(
+            self.lease(proxy) if suffix == PROXY_PART else self.prefix + suffix
+            for suffix in suffixes
+        )
+
+
+class FleetKeys:
+    """The keys of the fleet as a whole."""
+
+    __slots__ = (
+        "apikeys",
+        "deployments",
+        "epoch",
+        "events",
+        "hb",
+        "holds",
+        "hosts",
+        "leader",
+        "members",
+        "prefix",
+        "revisions",
+        "schema",
+    )
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = f"{prefix}:{{ctl}}:"
+        self.leader = self.prefix + "leader"
+        self.epoch = self.prefix + "epoch"
+        self.deployments = self.prefix + "deployments"
+        self.revisions = self.prefix + "revisions"
+        self.hosts = self.prefix + "hosts"
+        self.members = self.prefix + "members"
+        self.hb = self.prefix + "hb"
+        self.holds = self.prefix + "holds"
+        self.events = self.prefix + "events"
+        self.apikeys = self.prefix + "apikeys"
+        self.schema = self.prefix + "schema"
+
+    def orders(self, host: str) -> str:
+        """Name the hash of the orders to the agent of `host`."""
+        return f"{self.prefix}orders:{check_name('host', host)}"
+
+    def pick(self, suffixes: Iterable[str], host: str = "") -> tuple[str, ...]:
+        """Name the keys that a script declares, in its order."""
+        return tuple(
+            self.orders(host) if suffix == HOST_PART else self.prefix + suffix
+            for suffix in suffixes
+        )
+
+
+class Keys:
+    """All keys under one prefix. `routes_pattern` matches every routes channel."""
+
+    __slots__ = ("_models", "fleet", "prefix", "routes_pattern")
+
+    def __init__(self, prefix: str = "redmesh") -> None:
+        self.prefix = check_name("key_prefix", prefix)
+        self.fleet = FleetKeys(prefix)
+        self.routes_pattern = f"{prefix}:routes:*"
+        self._models: dict[str, ModelKeys] = {}
+
+    def model(self, name: str) -> ModelKeys:
+        """Give the keys of one model; raise `InvalidInputError` for a name that is none."""
+        keys = self._models.get(name)
+        if keys is None:
+            keys = ModelKeys(self.prefix, name)
+            self._models[name] = keys
+        return keys
+
+    def routes_channel(self, model: str) -> str:
+        """Name the channel on which changes of this model's routes are hinted."""
+        return self.model(model).channel

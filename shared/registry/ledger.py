@@ -1,0 +1,195 @@
+"""The reservation ledger: who holds what on which replica, kept true by atomic scripts.
+
+A reservation is one request's lease on one replica, stored in a hash of its proxy; all totals and
+scores are derived from leases. It lives as long as its proxy beats: there is no age limit. Every
+act is idempotent by request id, so that a repeat after a lost reply changes nothing.
+
+`Ledger` asks of its client one method (`Evaluator`), so that a leaner client can take its place on
+the data plane.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+from shared.models.routing import Beat, Lease
+from shared.registry.connection import Argument, Evaluator
+from shared.registry.keys import PROXY_PART, Keys
+from shared.registry.library import ScriptSpec
+from shared.registry.results import pairs, text_of, whole_number
+
+BUSY: Final = "!BUSY"
+"""Every replica that was not excluded is at its cap, or the model is at its own."""
+NONE: Final = "!NONE"
+"""No replica is READY, or all that are were excluded."""
+MAX_BATCH: Final = 64
+MAX_CANDIDATES: Final = 16
+SILENCE_MS: Final = 5000
+GRACE_MS: Final = 2000
+
+HOT: Final = ScriptSpec(
+    "ledger/hot", "M", ("ready", "weight", "cost", "nreq", PROXY_PART, "px", "ver", "spec"), ()
+)
+BEAT: Final = ScriptSpec("ledger/beat", "M", ("px", PROXY_PART, "wait", "ver", "suspect"), ("OK",))
+SUSPECTS: Final = ScriptSpec("ledger/suspects", "M", ("px", "suspect"), ("OK",))
+REAP: Final = ScriptSpec(
+    "ledger/reap",
+    "M",
+    ("ready", "weight", "cost", "nreq", PROXY_PART, "px", "wait", "suspect"),
+    ("OK", "ALIVE"),
+)
+READ: Final = ScriptSpec("hash/read", "*", ("*",), ("OK",))
+SCORES: Final = ScriptSpec("zset/read", "*", ("*",), ("OK",))
+
+
+class Reserve(NamedTuple):
+    """Reserve capacity for a request; a request that has a reservation gets the same again."""
+
+    request: str
+    cost_tokens: int
+    tiebreak: int
+    """A random whole number: decides among replicas of equal score."""
+    affinity: tuple[str, ...] = ()
+    """Replicas to prefer, best first; only the first 16 count."""
+    exclude: tuple[str, ...] = ()
+    """Replicas that this request has tried; only the last 16 count."""
+
+
+class Release(NamedTuple):
+    """Give back what a request holds."""
+
+    request: str
+
+
+class Adopt(NamedTuple):
+    """State that a request is on a replica, at this cost: after a loss, or to settle the cost."""
+
+    request: str
+    rid: str
+    cost_tokens: int
+
+
+Op = Reserve | Release | Adopt
+
+
+class BatchReply(NamedTuple):
+    """Routing version, and one result per operation.
+
+    Reserve: the replica id, `BUSY` or `NONE`. Release and Adopt: whether anything changed.
+    """
+
+    ver: int
+    results: list[str | bool]
+
+
+class ReapReply(NamedTuple):
+    """What a reap did: reservations dropped and left; `alive` means it has beaten after all."""
+
+    dropped: int
+    left: int
+    alive: bool
+
+
+class Totals(NamedTuple):
+    """What is outstanding on one replica, or on the model (`*`)."""
+
+    cost_tokens: int
+    requests: int
+
+
+class Ledger:
+    """The ledger of every model, seen through one client."""
+
+    def __init__(self, client: Evaluator, keys: Keys) -> None:
+        self._client = client
+        self._keys = keys
+        self._hot_keys: dict[tuple[str, str], tuple[bytes, ...]] = {}
+
+    async def batch(self, model: str, proxy: str, ops: Sequence[Op]) -> BatchReply:
+        """Apply at most 64 operations of one proxy on one model, in order and at once."""
+        if len(ops) > MAX_BATCH:
+            raise ValueError(f"a batch has at most {MAX_BATCH} operations, not {len(ops)}")
+        keys = self._hot_keys.get((model, proxy))
+        if keys is None:
+            named = self._keys.model(model).pick(HOT.keys, proxy)
+            keys = self._hot_keys[model, proxy] = tuple(key.encode() for key in named)
+        args: list[Argument] = [proxy]
+        for op in ops:
+            if type(op) is Reserve:
+                affinity = op.affinity[:MAX_CANDIDATES]
+                exclude = op.exclude[-MAX_CANDIDATES:]
+                args += ("A", op.request, op.cost_tokens, op.tiebreak, len(affinity), len(exclude))
+                args += affinity
+                args += exclude
+            elif type(op) is Release:
+                args += ("R", op.request)
+            elif type(op) is Adopt:
+                args += ("D", op.request, op.rid, op.cost_tokens)
+        reply: list[Any] = await self._client.evalsha(HOT, keys, args)
+        results: list[str | bool] = [
+            part.decode() if isinstance(part, bytes) else part == 1 for part in reply[1:]
+        ]
+        return BatchReply(whole_number(reply[0]), results)
+
+    async def beat(self, model: str, proxy: str, waiting: int = 0) -> Beat:
+        """Say that `proxy` serves `model` and how many of its requests wait."""
+        keys = self._keys.model(model).pick(BEAT.keys, proxy)
+        reply = await self._client.evalsha(BEAT, keys, (proxy, waiting, SILENCE_MS))
+        _, leases, ver, known, total, silent = reply
+        return Beat(
+            leases=leases,
+            ver=whole_number(ver),
+            known=known == 1,
+            waiting_total=total,
+            silent=silent,
+        )
+
+    async def suspects(
+        self, model: str, silence_ms: int = SILENCE_MS, grace_ms: int = GRACE_MS
+    ) -> list[str]:
+        """Name the proxies to reap: silent, and marked as silent at least `grace_ms` ago."""
+        keys = self._keys.model(model).pick(SUSPECTS.keys)
+        reply = await self._client.evalsha(SUSPECTS, keys, (silence_ms, grace_ms))
+        return [text_of(proxy) for proxy in reply[1:]]
+
+    async def reap(
+        self, model: str, proxy: str, silence_ms: int = SILENCE_MS, limit: int = 100
+    ) -> ReapReply:
+        """Drop up to `limit` reservations of a silent proxy; call again while some are left."""
+        keys = self._keys.model(model).pick(REAP.keys, proxy)
+        reply = await self._client.evalsha(REAP, keys, (proxy, silence_ms, limit))
+        if reply[0] == b"ALIVE":
+            return ReapReply(0, 0, alive=True)
+        return ReapReply(reply[1], reply[2], alive=False)
+
+    async def leases(self, model: str, proxy: str) -> dict[str, Lease]:
+        """Read a proxy's reservations by request id; what does not parse is left out."""
+        leases: dict[str, Lease] = {}
+        for field, value in (await self._read(self._keys.model(model).lease(proxy))).items():
+            rid, _, cost = text_of(value).rpartition(" ")
+            if rid and cost.isdigit():
+                request = text_of(field)
+                leases[request] = Lease(request=request, rid=rid, cost_tokens=int(cost))
+        return leases
+
+    async def proxies(self, model: str) -> dict[str, int]:
+        """Read when each proxy of this model last beat, in Redis' milliseconds."""
+        key = self._keys.model(model).px
+        flat = await self._client.evalsha(SCORES, (key,), ())
+        return {text_of(name): whole_number(ms) for name, ms in pairs(flat[1:]).items()}
+
+    async def totals(self, model: str) -> dict[str, Totals]:
+        """Read what is outstanding per replica; `*` is the model's sum."""
+        keys = self._keys.model(model)
+        costs = await self._read(keys.cost)
+        requests = await self._read(keys.nreq)
+        totals = {
+            text_of(rid): Totals(whole_number(costs.get(rid, 0)), whole_number(count))
+            for rid, count in requests.items()
+        }
+        model_cost = sum(total.cost_tokens for rid, total in totals.items() if rid != "*")
+        totals["*"] = Totals(model_cost, totals["*"].requests if "*" in totals else 0)
+        return totals
+
+    async def _read(self, key: str) -> dict[bytes, bytes]:
+        reply = await self._client.evalsha(READ, (key,), ())
+        return pairs(reply[1:])
