@@ -13,7 +13,6 @@ environment is built anew. Standard library only, and `uv` by path: it also runs
 
 import argparse
 import hashlib
-import json
 import os
 import platform
 import shutil
@@ -27,7 +26,7 @@ REPOSITORY = HERE.parent.parent
 
 TORCH_CPU = "torch==2.13.0+cpu"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-STAMP_NAME = "redmesh-engine.json"
+STAMP_NAME = "redmesh-engine.fingerprint"
 PROBE_TIMEOUT_S = 30.0
 IMPORT_TIMEOUT_S = 600.0
 IMPORT_CHECK = (
@@ -75,13 +74,12 @@ def fingerprint(variant: str) -> str:
 
 def installed_fingerprint(home: Path) -> str | None:
     """Return the fingerprint of a complete environment in `home`; None if there is none."""
-    try:
-        stamp = json.loads((home / STAMP_NAME).read_text())
-    except (OSError, ValueError):
-        return None
     if not (home / "bin" / "python").exists():
         return None
-    return stamp.get("fingerprint") if isinstance(stamp, dict) else None
+    try:
+        return (home / STAMP_NAME).read_text().strip()
+    except OSError:
+        return None
 
 
 def say(text: str) -> None:
@@ -148,8 +146,7 @@ def build(home: Path, variant: str) -> None:
     if variant == "cpu":
         install_torch_cpu(uv, python, env)
     check_imports(python)
-    stamp = {"fingerprint": fingerprint(variant), "variant": variant}
-    (home / STAMP_NAME).write_text(json.dumps(stamp) + "\n")
+    (home / STAMP_NAME).write_text(fingerprint(variant) + "\n")
 
 
 def check_imports(python: Path) -> None:

@@ -1,0 +1,112 @@
+# What one does with redmesh from a clone. `make` alone prints the targets.
+# Needs only make, git and Python 3.11 or newer; each target installs what it needs.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+MAKEFLAGS += --no-print-directory
+
+# Which engine `demo` runs: auto (vLLM), vllm, or sim (no weights, nothing to install).
+ENGINE ?= auto
+# Which models `demo` serves.
+MODELS ?= deploy/models/demo.json
+# More options for `redmesh up`, such as UP="--detach --port 9000".
+UP ?=
+# More options for pytest, such as PYTEST="-x -k ledger".
+PYTEST ?=
+
+UV := .tools/bin/uv
+BIN := .venv/bin
+ENGINE_HOME := $(or $(REDMESH_ENGINE_HOME),.engine)
+# Tests that need more than a fast machine-local run: real vLLM, whole meshes, sustained load.
+SLOW := engine or mesh or load
+
+# An active environment of the calling shell is not the one meant.
+unexport VIRTUAL_ENV
+export UV_PYTHON_DOWNLOADS := never
+
+.PHONY: help
+help: ## Print this list
+	@awk 'BEGIN { FS = ":.*## " } \
+	  /^##@ / { printf "\n%s\n", substr($$0, 5) } \
+	  /^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+##@ Run
+
+.PHONY: demo
+demo: setup $(if $(filter sim,$(ENGINE)),,engine) ## Serve MODELS behind two proxies (ENGINE=sim: at once, without vLLM)
+	@exec $(BIN)/redmesh up --models $(MODELS) --engine $(ENGINE) $(UP)
+
+.PHONY: down
+down: setup ## Stop a mesh that was started detached
+	@exec $(BIN)/redmesh down
+
+##@ Install
+
+.PHONY: setup
+setup: ## Install uv into .tools and the locked packages into .venv
+	@deploy/bootstrap/uv.sh
+	@deploy/bootstrap/sync.sh
+
+.PHONY: engine
+engine: setup ## Install vLLM into an environment of its own, .engine
+	@$(BIN)/python deploy/engine/install.py --home $(ENGINE_HOME)
+
+.PHONY: system
+system: ## Install the system packages that the tests need (as root), or name them
+	@deploy/bootstrap/system.sh
+
+##@ Check
+
+.PHONY: test
+test: setup system engine check ## Install everything and run all that CI runs
+
+.PHONY: check
+check: lint test-fast test-slow ## Lint, then run all tests
+
+.PHONY: lint
+lint: setup system ## Run ruff, pyright, import-linter and luacheck
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	rm -rf .state/lua
+	$(BIN)/python -m shared.registry.scripts --out .state/lua
+	luacheck --quiet --config .luacheckrc .state/lua
+
+.PHONY: test-fast
+test-fast: setup system ## Run the tests that need neither vLLM nor a mesh nor load, with coverage
+	rm -f .coverage .coverage.*
+	$(BIN)/pytest -m "not ($(SLOW))" --cov --cov-report=term --durations=10 $(PYTEST)
+
+.PHONY: test-slow
+test-slow: setup system engine ## Run the tests on real vLLM, on whole meshes and under load
+	$(BIN)/pytest -m "$(SLOW)" --durations=15 $(PYTEST)
+
+##@ Maintain
+
+.PHONY: fmt
+fmt: ## Mend and format the code
+	$(BIN)/ruff check --fix --quiet . || true
+	$(BIN)/ruff format .
+
+.PHONY: lock
+lock: setup ## Resolve uv.lock and the engine's locks anew (LOCK=--upgrade: newer versions)
+	$(UV) lock $(LOCK)
+	UV=$(CURDIR)/$(UV) deploy/engine/lock.sh $(LOCK)
+
+.PHONY: demo-model
+demo-model: engine ## Train the demo model on its FAQ (four minutes)
+	nice $(ENGINE_HOME)/bin/python deploy/models/demo/train.py
+
+.PHONY: clean
+clean: ## Remove caches and build output; environments stay
+	rm -rf .state build dist docs/_build .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -f .coverage .coverage.*
+	find . -name __pycache__ -not -path './.venv/*' -not -path './.engine/*' \
+	  -not -path './.tools/*' -prune -exec rm -rf {} +
+
+.PHONY: distclean
+distclean: clean ## Remove the environments as well
+	rm -rf .venv .engine .tools
