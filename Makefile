@@ -25,6 +25,10 @@ SLOW := engine or mesh or load
 # An active environment of the calling shell is not the one meant.
 unexport VIRTUAL_ENV
 export UV_PYTHON_DOWNLOADS := never
+# Where the machine has certificates of its own, trust those: a company's proxy is among them.
+ifneq ($(wildcard /etc/ssl/certs/ca-certificates.crt),)
+export UV_SYSTEM_CERTS ?= 1
+endif
 
 .PHONY: help
 help: ## Print this list
