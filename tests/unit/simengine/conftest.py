@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -23,11 +24,14 @@ async def start() -> AsyncIterator[Callable[..., Awaitable[Started]]]:
     """Give a function that starts engines in this loop, with flags and a key."""
     begun: list[Started] = []
 
-    async def begin(*flags: str, key: str = "") -> Started:
+    async def begin(*flags: str, key: str = "", send_buffer_bytes: int = 0) -> Started:
         argv = ["--model", "/models/m", "--served-model-name", "tiny", "alias", "--port", "0"]
         options = parse([*argv, *FAST, *flags], {"VLLM_API_KEY": key})
         simulator = Simulator(options, asyncio.get_running_loop())
-        await simulator.start(bind("127.0.0.1", 0))
+        sock = bind("127.0.0.1", 0)
+        if send_buffer_bytes:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
+        await simulator.start(sock)
         client = httpx.AsyncClient(
             base_url=f"http://127.0.0.1:{simulator.server.port}", timeout=10.0
         )
