@@ -170,7 +170,8 @@ def _closed(world: World, name: str) -> str:
     if silent_ms is None:
         return "its agent has not been heard"
     if silent_ms > SILENT_MS:
-        return f"its agent has been silent for {silent_ms // 1000} s"
+        # No number here: the same reason each second is one event, not many.
+        return "its agent is silent"
     return ""
 
 
@@ -192,17 +193,18 @@ def _occupants(world: World) -> list[Occupant]:
                     gpu_indices=order.gpu_indices if order is not None else (),
                 )
             )
-    for host, orders in world.orders.items():
-        for order in orders.values():
-            # Perhaps an engine that is about to register again: its room is not free.
-            if (host, order.rid) not in recorded and order.action is not OrderAction.STOP:
-                found.append(
-                    Occupant(
-                        host=host,
-                        model=order.model,
-                        kind=order.spec.engine.kind,
-                        resources=order.spec.resources,
-                        gpu_indices=order.gpu_indices,
-                    )
-                )
+    # Orders without a record: perhaps an engine that is about to register again, so its room is
+    # not free.
+    found.extend(
+        Occupant(
+            host=host,
+            model=order.model,
+            kind=order.spec.engine.kind,
+            resources=order.spec.resources,
+            gpu_indices=order.gpu_indices,
+        )
+        for host, orders in world.orders.items()
+        for order in orders.values()
+        if (host, order.rid) not in recorded and order.action is not OrderAction.STOP
+    )
     return found

@@ -65,37 +65,46 @@ def sweep(draft: Draft, model: str) -> None:
         draft.move(replica, to, reason, _event(replica, to, reason))
 
 
-def _judge(world: World, view: ModelView, replica: Replica) -> tuple[ReplicaState, str] | None:
-    age_ms = world.now_ms - replica.since_ms
-    agent_ms = min(world.agent_silent_ms(replica.host), world.now_ms)
+Verdict = tuple[ReplicaState, str] | None
+
+
+def _judge(world: World, view: ModelView, replica: Replica) -> Verdict:
     match replica.state:
         case ReplicaState.PENDING:
-            if agent_ms > SILENT_MS and age_ms > SILENT_MS:
-                return _fail(f"the agent of {replica.host} went silent before it began")
-            if age_ms > PENDING_MS:
-                return _fail(f"the agent of {replica.host} did not begin within 60 s")
+            return _judge_pending(world, replica)
         case ReplicaState.STARTING:
-            if agent_ms > LOST_MS and age_ms > LOST_MS:
-                return _fail(f"the agent of {replica.host} went silent while it started")
             limit_s = world.spec_of(replica).engine.startup_timeout_s
-            if age_ms > limit_s * 1000 + MARGIN_MS:
-                return _fail(f"not READY within {limit_s} s (engine.startup_timeout_s)")
-        case ReplicaState.READY | ReplicaState.UNHEALTHY:
-            return _judge_serving(world, view, replica)
+            late = f"not READY within {limit_s} s (engine.startup_timeout_s)"
+            return _judge_under_way(world, replica, "started", limit_s, late)
         case ReplicaState.DRAINING:
-            if agent_ms > LOST_MS and age_ms > LOST_MS:
-                return _fail(f"the agent of {replica.host} went silent while it drained")
             limit_s = DRAIN_TIMEOUT_S + world.spec_of(replica).engine.shutdown_timeout_s
-            if age_ms > limit_s * 1000 + MARGIN_MS:
-                return _fail("it did not stop in time after draining")
+            late = "it did not stop in time after draining"
+            return _judge_under_way(world, replica, "drained", limit_s, late)
         case _:
-            return None
+            return _judge_serving(world, view, replica)
+
+
+def _judge_pending(world: World, replica: Replica) -> Verdict:
+    age_ms = world.now_ms - replica.since_ms
+    if world.agent_silent_ms(replica.host) > SILENT_MS and age_ms > SILENT_MS:
+        return _fail(f"the agent of {replica.host} went silent before it began")
+    if age_ms > PENDING_MS:
+        return _fail(f"the agent of {replica.host} did not begin within 60 s")
     return None
 
 
-def _judge_serving(
-    world: World, view: ModelView, replica: Replica
-) -> tuple[ReplicaState, str] | None:
+def _judge_under_way(
+    world: World, replica: Replica, doing: str, limit_s: float, late: str
+) -> Verdict:
+    age_ms = world.now_ms - replica.since_ms
+    if world.agent_silent_ms(replica.host) > LOST_MS and age_ms > LOST_MS:
+        return _fail(f"the agent of {replica.host} went silent while it {doing}")
+    if age_ms > limit_s * 1000 + MARGIN_MS:
+        return _fail(late)
+    return None
+
+
+def _judge_serving(world: World, view: ModelView, replica: Replica) -> Verdict:
     silent_ms = silence_ms(world, view, replica)
     age_ms = world.now_ms - replica.since_ms
     answers = world.answers.get(replica.rid)

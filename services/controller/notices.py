@@ -16,7 +16,11 @@ def notice(before: World | None, now: World) -> list[Event]:
     """Tell what changed between two readings; nothing for the first one."""
     if before is None:
         return []
-    events: list[Event] = []
+    message = "its stored content does not parse and is left out: mend it, or delete it"
+    events = [
+        tell("CorruptRecord", subject, message, EventLevel.ERROR)
+        for subject in sorted(set(now.corrupt) - set(before.corrupt))
+    ]
     for host in sorted(now.hosts):
         was, is_now = before.agent_alive(host), now.agent_alive(host)
         subject = f"host/{host}"
@@ -51,11 +55,6 @@ def _model(before: ModelView, view: ModelView) -> list[Event]:
     if _mixed(before, revision) and not _mixed(view, revision) and _ready(view) >= wanted > 0:
         message = f"all {_ready(view)} replicas run revision {revision}"
         events.append(tell("RolledOut", f"deployment/{name}", message))
-    message = "its record does not parse and is left out; delete it to have it replaced"
-    events.extend(
-        tell("CorruptRecord", f"replica/{rid}", message, EventLevel.ERROR)
-        for rid in sorted(set(view.corrupt) - set(before.corrupt))
-    )
     return events
 
 

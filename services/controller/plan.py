@@ -17,8 +17,6 @@ the things that nobody needs any more.
 
 from typing import Final
 
-import msgspec
-
 from services.controller.actions import (
     Action,
     DropHold,
@@ -115,23 +113,20 @@ def _write_spec(draft: Draft, view: ModelView) -> None:
 
 
 def _spec_event(view: ModelView, wanted: ModelSpec) -> Event | None:
-    old = view.spec
-    subject = f"deployment/{wanted.model}"
+    before, after = view.spec.desired_replicas, wanted.desired_replicas
+    changed = view.spec.generation != wanted.generation
     if view.deployment.deleted:
-        if old.generation != wanted.generation:
-            return tell("DeploymentDeleted", subject, "draining its replicas, then forgetting it")
+        told = ("DeploymentDeleted", "draining its replicas, then forgetting it")
+    elif view.spec.epoch is None:
+        told = ("DeploymentDeclared", f"{after} replicas wanted")
+    elif after != before:
+        kind = "ScaledUp" if after > before else "ScaledDown"
+        told = (kind, f"from {before} to {after} replicas")
+    else:
+        told = ("DeploymentChanged", f"now revision {view.deployment.spec.revision()}")
+    if not changed and after == before and view.spec.epoch is not None:
         return None
-    if old.epoch is None:
-        return tell("DeploymentDeclared", subject, f"{wanted.desired_replicas} replicas wanted")
-    before, after = old.desired_replicas, wanted.desired_replicas
-    if after > before:
-        return tell("ScaledUp", subject, f"from {before} to {after} replicas")
-    if after < before:
-        return tell("ScaledDown", subject, f"from {before} to {after} replicas")
-    if old.generation != wanted.generation:
-        revision = view.deployment.spec.revision()
-        return tell("DeploymentChanged", subject, f"now revision {revision}")
-    return None
+    return tell(told[0], f"deployment/{wanted.model}", told[1])
 
 
 def _tune(draft: Draft, view: ModelView) -> None:
@@ -180,9 +175,7 @@ def _same(given: Order, wanted: Order) -> bool:
 
 def _forget(draft: Draft) -> None:
     world = draft.world
-    used = {
-        replica.host for view in world.models.values() for replica in view.replicas.values()
-    }
+    used = {replica.host for view in world.models.values() for replica in view.replicas.values()}
     quiet = all(world.agent_alive(host) for host in world.hosts)
     for model, view in sorted(world.models.items()):
         ordered = any(o.model == model for orders in world.orders.values() for o in orders.values())

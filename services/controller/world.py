@@ -65,10 +65,8 @@ class World(msgspec.Struct, frozen=True, kw_only=True):
     """Silent replica's id → did its engine answer the leader's own probe?"""
     members_silent_ms: dict[str, int] = msgspec.field(default_factory=dict[str, int])
     """Member field → milliseconds since its last beat."""
-    revisions: dict[str, DeploymentSpec] = msgspec.field(
-        default_factory=dict[str, DeploymentSpec]
-    )
-    """Revision → the spec it names, for replicas that still run an older one."""
+    corrupt: tuple[str, ...] = ()
+    """Subjects whose stored content does not parse: left out of this reading."""
 
     def agent_silent_ms(self, host: str) -> int:
         """How long the agent of `host` has been silent; for ever if it was never heard."""
@@ -88,7 +86,7 @@ class World(msgspec.Struct, frozen=True, kw_only=True):
         order = self.orders.get(replica.host, {}).get(replica.rid)
         if order is not None and order.revision == replica.revision:
             return order.spec
-        return self.revisions.get(replica.revision, self.models[replica.model].deployment.spec)
+        return self.models[replica.model].deployment.spec
 
 
 def lives(replica: Replica) -> bool:

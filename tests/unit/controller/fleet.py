@@ -47,8 +47,7 @@ def host(name: str, *, gpus: int = 0, max_replicas: int = 64, cpus: float = 8.0)
         cpus=cpus,
         memory_bytes=64 * GIB,
         gpus=tuple(
-            Gpu(index=i, uuid=f"{name}-{i}", name="GPU", memory_bytes=80 * GIB)
-            for i in range(gpus)
+            Gpu(index=i, uuid=f"{name}-{i}", name="GPU", memory_bytes=80 * GIB) for i in range(gpus)
         ),
         engines=("vllm", "sim", "external"),
         max_replicas=max_replicas,
@@ -177,6 +176,11 @@ class Fleet:
                 )
             case PutOrder(host=name, order=order):
                 self.put(name, order)
+            case _:
+                self._forget(action)
+
+    def _forget(self, action: Action) -> None:
+        match action:
             case DropOrder(host=name, rid=rid):
                 self.orders.get(name, {}).pop(rid, None)
             case RemoveReplica(replica=seen):

@@ -1,3 +1,4 @@
+import itertools
 import random
 
 import msgspec
@@ -138,7 +139,7 @@ def test_a_crash_loop_slows_down_and_says_why() -> None:
         messages |= {a.event.message for a in only(actions, Report) if a.event is not None}
         fleet.apply(actions)
         fleet.step()
-    gaps = [after - before for before, after in zip(created, created[1:], strict=False)]
+    gaps = [after - before for before, after in itertools.pairwise(created)]
     assert gaps[:3] == sorted(gaps[:3])
     assert max(gaps) >= 60
     assert len(created) <= 10
@@ -244,9 +245,7 @@ def test_an_order_without_a_record_is_taken_back() -> None:
     """What no record stands behind is not ordered any longer; but not before things settled."""
     fleet = serving(replicas=1)
     spec = fleet.deployments["m"].spec
-    stray = Order(
-        rid="m-x", model="m", gen=1, action=OrderAction.RUN, revision="r", spec=spec
-    )
+    stray = Order(rid="m-x", model="m", gen=1, action=OrderAction.RUN, revision="r", spec=spec)
     fleet.put("h0", stray)
     fleet.settled = False
     assert plan(fleet.world()) == []
@@ -314,9 +313,7 @@ def test_external_servers_get_one_replica_each() -> None:
 def test_external_replicas_move_away_from_a_dead_agent() -> None:
     """Another agent takes over a URL whose agent fell silent, without a gap in service."""
     urls = ("http://a:1", "http://b:1")
-    fleet = Fleet(
-        [host("h0"), host("h1")], [declared(kind=EngineKind.EXTERNAL, urls=urls)]
-    )
+    fleet = Fleet([host("h0"), host("h1")], [declared(kind=EngineKind.EXTERNAL, urls=urls)])
     run(fleet)
     fleet.kill_agent("h0")
     for rid in [r.rid for r in fleet.ready()]:
