@@ -1,0 +1,166 @@
+"""The deployments that ship, each on a tiny checkpoint of its architecture."""
+
+import asyncio
+import contextlib
+import json
+import subprocess
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.support.mesh import ROOT, Mesh, ready_replicas, write_models
+from tests.support.waiting import wait_until
+
+pytestmark = [pytest.mark.engine, pytest.mark.mesh, pytest.mark.timeout(420)]
+
+START_S = 150.0
+
+
+@contextlib.asynccontextmanager
+async def applied(mesh: Mesh, models: Path, name: str) -> AsyncGenerator[None]:
+    """Declare a model, wait until it serves, and forget it afterwards: memory is dear."""
+    done = await mesh.ask("apply", "-f", models)
+    assert done.code == 0, done
+    try:
+        async with mesh.registry() as registry:
+            await wait_until(
+                lambda: ready_replicas(registry, name),
+                timeout_s=START_S,
+                interval_s=0.2,
+                what=f"{name} is READY",
+            )
+
+            async def known() -> bool:
+                async with httpx.AsyncClient() as client:
+                    lists = [await client.get(f"{url}/v1/models") for url in mesh.urls]
+                return all(name in page.text for page in lists)
+
+            await wait_until(known, what="every proxy knows it")
+        yield
+    except AssertionError:
+        print(mesh.logs())  # noqa: T201 - why a model did not start stands in the engine's log
+        raise
+    finally:
+        done = await mesh.ask("delete", name, "--yes")
+        assert done.code == 0, done
+
+        async def gone() -> bool:
+            async with mesh.registry() as registry:
+                return not (await registry.replicas.snapshot(name)).replicas
+
+        await wait_until(gone, timeout_s=60, interval_s=0.2, what=f"{name} is gone")
+
+
+def shipped(name: str, checkpoints: Path, tmp_path: Path) -> Path:
+    """Copy a shipped models file with nothing but the path of the weights changed."""
+    folder = ROOT / "deploy" / "models"
+    document: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
+    (model,) = document["models"]
+    model["engine"]["model"] = str(checkpoints / name)
+    if "chat_template" in model["engine"]:  # stays the shipped one, seen from another folder
+        model["engine"]["chat_template"] = str(folder / model["engine"]["chat_template"])
+    path = tmp_path / f"{name}.json"
+    path.write_text(json.dumps(document))
+    return path
+
+
+async def curl(*arguments: str) -> bytes:
+    """Run the real curl; it must be content."""
+    process = await asyncio.create_subprocess_exec(
+        *("curl", "--silent", "--show-error", "--fail-with-body", "--max-time", "60"),
+        *arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    output, _ = await process.communicate()
+    assert process.returncode == 0, output
+    return output
+
+
+async def post(url: str, body: dict[str, Any]) -> httpx.Response:
+    """Ask a proxy."""
+    async with httpx.AsyncClient(timeout=60) as client:
+        return await client.post(url, json=body)
+
+
+async def test_tinyllama_streams_json_to_curl(
+    mesh: Mesh, checkpoints: Path, tmp_path: Path
+) -> None:
+    """The documented curl call with `stream: true` gets SSE chunks; its hub id works as well."""
+    async with applied(mesh, shipped("tinyllama", checkpoints, tmp_path), "tinyllama"):
+        output = await curl(
+            *("-X", "POST", f":{mesh.ports[0]}/v1/chat/tinyllama"),
+            *("-H", "Content-Type: application/json"),
+            "-d",
+            '{"messages": [{"role": "user", "content": "Tell me a story"}], "stream": true, '
+            '"max_tokens": 32}',
+            "--no-buffer",
+        )
+        events = output.decode().split("\n\n")
+        assert events[-2:] == ["data: [DONE]", ""]
+        chunks = [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
+        assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
+        assert [c["choices"][0]["finish_reason"] for c in chunks if c["choices"]][-1] is not None
+        body = {
+            "model": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+            "messages": [{"role": "user", "content": "Tell me a story"}],
+            "max_tokens": 4,
+        }
+        answer = await post(f"{mesh.urls[1]}/v1/chat/completions", body)
+        assert answer.status_code == 200, answer.text
+
+
+async def test_gpt2_streams_plain_text_to_curl(
+    mesh: Mesh, checkpoints: Path, tmp_path: Path
+) -> None:
+    """The documented curl call with a plain prompt gets plain text from a base model."""
+    async with applied(mesh, shipped("gpt2", checkpoints, tmp_path), "gpt2"):
+        output = await curl(
+            *("-X", "POST", f":{mesh.ports[0]}/v1/chat/gpt2?max_tokens=32"),
+            *("-H", "Content-Type: text/plain", "-d", "The future of AI is", "--no-buffer"),
+        )
+        assert output.decode().strip()
+        assert b"data:" not in output
+
+
+async def test_phi2_answers(mesh: Mesh, checkpoints: Path, tmp_path: Path) -> None:
+    """Phi-2's deployment serves chat, by the default template for base models, and completions."""
+    async with applied(mesh, shipped("phi2", checkpoints, tmp_path), "phi2"):
+        for path, question in (
+            ("chat/completions", {"messages": [{"role": "user", "content": "Why?"}]}),
+            ("completions", {"prompt": "Why"}),
+        ):
+            for name in ("phi2", "microsoft/phi-2"):
+                body = {"model": name, "max_tokens": 8, "ignore_eos": True, **question}
+                answer = await post(f"{mesh.urls[0]}/v1/{path}", body)
+                assert answer.status_code == 200, answer.text
+                assert answer.json()["usage"]["completion_tokens"] == 8
+
+
+async def test_a_pooling_model_embeds(mesh: Mesh, checkpoints: Path, tmp_path: Path) -> None:
+    """A deployment with the pooling runner serves embeddings, and refuses to chat."""
+    models = write_models(
+        tmp_path / "embedding.json",
+        {
+            "name": "embedding",
+            "engine": {
+                "model": str(checkpoints / "embedding"),
+                "runner": "pooling",
+                "max_model_len_tokens": 512,
+            },
+        },
+    )
+    async with applied(mesh, models, "embedding"):
+        body = {"model": "embedding", "input": ["a replica died", "a server crashed"]}
+        for url in mesh.urls:
+            answer = await post(f"{url}/v1/embeddings", body)
+            assert answer.status_code == 200, answer.text
+            vectors = [entry["embedding"] for entry in answer.json()["data"]]
+            assert [len(vector) for vector in vectors] == [128, 128]
+            assert vectors[0] != vectors[1]
+        chat = {"model": "embedding", "messages": [{"role": "user", "content": "hello"}]}
+        refusal = await post(f"{mesh.urls[0]}/v1/chat/completions", chat)
+        assert 400 <= refusal.status_code < 500, refusal.text
