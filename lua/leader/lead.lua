@@ -1,8 +1,8 @@
 -- leader/lead: become leader, stay leader, or resign.
 --
--- Guarantee: one holder at a time by Redis' clock; each new holder gets a higher epoch, even after a
---   failover forgot the last one. A lease that would last absurdly long (no expiry, or a clock that
---   jumped) is cut to its normal length.
+-- Guarantee: one holder at a time by Redis' clock; each new holder gets a higher epoch, even after
+--   a failover forgot the last one. A lease that would last absurdly long (no expiry, or a clock
+--   that jumped) is cut to its normal length.
 -- KEYS 2
 --   1 hash {ctl}:leader
 --   2 string {ctl}:epoch

@@ -1,5 +1,6 @@
--- enter(keys, rid, record, channel): store a record as a new version of the routes, give the replica
--- its place in `ready` (READY only) and its weight, and publish the hint. Returns the version.
+-- enter(keys, rid, record, channel): store a record as a new version of the routes, give the
+-- replica its place in `ready` (READY only) and its weight, and publish the hint. Returns the
+-- version.
 --@include lib/whole
 --@include lib/digits
 --@include lib/score

@@ -1,7 +1,7 @@
 -- replica/delete: remove the record of a replica that has ended.
 --
--- Guarantee: only STOPPED and FAILED, only this incarnation, only by the leader. What requests still
---   hold on it stays counted until they release.
+-- Guarantee: only STOPPED and FAILED, only this incarnation, only by the leader. What requests
+--   still hold on it stays counted until they release.
 -- KEYS 7
 --   1 hash {M}:fence
 --   2 hash {M}:replicas

@@ -44,6 +44,7 @@ redis.call('ZREM', keys.ready, '')
 redis.call('HDEL', keys.weight, '')
 
 local record = record_of(redis.call('HGET', keys.replicas, rid))
+local changes = cjson.decode(patch)
 local refusal = epoch ~= '' and fenced(fence, epoch, owner) or nil
 if refusal then
   return refusal
@@ -59,7 +60,7 @@ elseif to ~= '' and not (states()[record.state] or {})[to] then
   return { 'ILLEGAL', record.state, to }
 end
 local changed = to ~= ''
-for name, value in pairs(cjson.decode(patch)) do
+for name, value in pairs(changes) do
   changed = changed or record[name] ~= value
   record[name] = value
 end

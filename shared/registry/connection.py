@@ -44,19 +44,25 @@ SUPPORTED_SCHEMAS: Final = (1, 1)
 SCHEMES: Final = ("redis", "rediss", "redis+cluster", "rediss+cluster")
 
 _SCRIPT_LINE: Final = re.compile(r"user_script:(\d+)")
+# The client library turns some of Redis' error codes into classes and leaves others in the text;
+# within a script's error they are always in the text.
+_UNAVAILABLE_KINDS: Final = (
+    redis.exceptions.ConnectionError,
+    redis.exceptions.OutOfMemoryError,
+    redis.exceptions.ClusterDownError,
+    redis.exceptions.MasterDownError,
+    redis.exceptions.TryAgainError,
+    redis.exceptions.AskError,
+    redis.exceptions.MovedError,
+)
 _UNAVAILABLE: Final = (
-    "READONLY",
     "OOM",
     "MISCONF",
     "LOADING",
     "CLUSTERDOWN",
     "MASTERDOWN",
     "NOREPLICAS",
-    "TRYAGAIN",
     "BUSY ",
-    "MOVED",
-    "ASK ",
-    "UNBLOCKED",
 )
 _FORBIDDEN: Final = (
     "NOAUTH",
@@ -170,7 +176,11 @@ class Connection:
                 f"{where} holds foreign data in one of our keys, near {key}: rename or delete it",
                 key=key,
             )
-        if isinstance(error, redis.exceptions.ResponseError) and not _has(text, _UNAVAILABLE):
+        if (
+            isinstance(error, redis.exceptions.ResponseError)
+            and not isinstance(error, _UNAVAILABLE_KINDS)
+            and not _has(text, _UNAVAILABLE)
+        ):
             return RegistryRefusedError(f"{where} refused: {self._located(text, script)}")
         return RegistryUnavailableError(f"{where} is not available: {text or type(error).__name__}")
 
@@ -187,8 +197,8 @@ class Connection:
             await self._pool.disconnect(inuse_connections=False)
 
 
-async def connect(settings: CommonSettings, *, hot: bool = False) -> Connection:
-    """Load the scripts, connect, and prove it with a PING.
+async def connect(settings: CommonSettings, *, hot: bool = False, prove: bool = True) -> Connection:
+    """Load the scripts, connect, and prove it with a PING (unless `prove` is false).
 
     Raises InvalidInputError for a URL that is none, RegistryUnavailableError or
     RegistryRefusedError with the remedy when Redis is away or refuses us.
@@ -198,6 +208,8 @@ async def connect(settings: CommonSettings, *, hot: bool = False) -> Connection:
     client = _client(url, hot=hot)
     scripts = await asyncio.to_thread(ScriptLibrary.load)
     connection = Connection(client, scripts, shown_url=shown)
+    if not prove:
+        return connection
     try:
         await connection.ping()
     except RegistryUnavailableError as error:
@@ -257,11 +269,12 @@ def _client(url: str, *, hot: bool) -> "redis.asyncio.Redis | RedisCluster":
         "decode_responses": False,
         "max_connections": HOT_CONNECTIONS if hot else CONNECTIONS,
         "retry": retry,
+        # Else the client library reads its own package metadata from disk for each connection.
+        "driver_info": None,
     }
     plain = url.replace("+cluster", "", 1)
     try:
         if scheme.endswith("+cluster"):
-            options["cluster_error_retry_attempts"] = 1 if hot else 5
             return RedisCluster.from_url(plain, **options)
         pools = cast("Any", redis.asyncio.BlockingConnectionPool)  # its from_url is not typed
         pool = pools.from_url(plain, timeout=timeout_s, **options)

@@ -46,16 +46,20 @@ class Registry(msgspec.Struct, frozen=True, kw_only=True):
         await self.connection.aclose()
 
 
-async def open_registry(settings: CommonSettings, *, hot: bool = False) -> Registry:
+async def open_registry(
+    settings: CommonSettings, *, hot: bool = False, prove: bool = True
+) -> Registry:
     """Connect to the Redis of `settings` and check that its data is of a schema we know.
 
-    `hot` is for the data plane: short timeouts, no hidden retries.
+    `hot` is for the data plane: short timeouts, no hidden retries. `prove` false connects later,
+    when first used, and checks nothing: for a proxy that begins while Redis is away.
     Raises InvalidInputError, RegistryUnavailableError, RegistryRefusedError, SchemaVersionError.
     """
     keys = Keys(settings.key_prefix)
-    connection = await connect(settings, hot=hot)
+    connection = await connect(settings, hot=hot, prove=prove)
     try:
-        await check_schema(connection, keys)
+        if prove:
+            await check_schema(connection, keys)
     except BaseException:
         await connection.aclose()
         raise

@@ -1,0 +1,56 @@
+"""Fixtures that every kind of test may ask for: real servers, a registry, and two checkers.
+
+`registry` works under a key prefix of its own, and afterwards fails the test if it left a key that
+is not documented, or one without the TTL it must have. `unblocked` fails a test whose code blocks
+the event loop.
+"""
+
+import secrets
+from collections.abc import AsyncGenerator, Generator
+from pathlib import Path
+
+import blockbuster
+import pytest
+
+from shared.registry import Registry, open_registry
+from shared.secret import Secret
+from shared.settings import CommonSettings
+from tests.support.keycheck import key_problems
+from tests.support.servers import RedisServer, Servers
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Generator[Servers]:
+    """Give the session's servers, killed at its end."""
+    with Servers(Path(tmp_path_factory.mktemp("servers"))) as started:
+        yield started
+
+
+@pytest.fixture
+def redis_server(servers: Servers) -> RedisServer:
+    """Give the session's Redis server."""
+    return servers.redis()
+
+
+@pytest.fixture
+def key_prefix() -> str:
+    """Make a key prefix that no other test has."""
+    return f"t{secrets.token_hex(4)}"
+
+
+@pytest.fixture
+async def registry(redis_server: RedisServer, key_prefix: str) -> AsyncGenerator[Registry]:
+    """Open a registry on the session's Redis, and check the keys that the test leaves."""
+    settings = CommonSettings(redis_url=Secret(redis_server.url), key_prefix=key_prefix)
+    opened = await open_registry(settings)
+    yield opened
+    await opened.aclose()
+    problems = key_problems([redis_server], key_prefix)
+    assert not problems, "\n".join(problems)
+
+
+@pytest.fixture
+def unblocked() -> Generator[None]:
+    """Fail a test in which our code blocks the event loop."""
+    with blockbuster.blockbuster_ctx(scanned_modules=["shared", "services"]):
+        yield
