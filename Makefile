@@ -55,11 +55,12 @@ setup: ## Install uv into .tools and the locked packages into .venv
 
 .PHONY: engine
 engine: setup ## Install vLLM into an environment of its own, .engine
+	@deploy/bootstrap/system.sh engine
 	@$(BIN)/python deploy/engine/install.py --home $(ENGINE_HOME)
 
 .PHONY: system
 system: ## Install the system packages that the tests need (as root), or name them
-	@deploy/bootstrap/system.sh
+	@deploy/bootstrap/system.sh tests
 
 ##@ Check
 

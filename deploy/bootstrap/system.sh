@@ -1,16 +1,28 @@
 #!/usr/bin/env bash
-# Sees to the programs that the tests need from the system: installs what is missing where we are
-# root on Debian, else says what to install. Nothing is ever skipped for want of a program.
+# Sees to what the engine or the tests need from the system: installs what is missing where we are
+# root on Debian, else says what to install. Nothing is ever skipped for want of it.
+# Usage: system.sh engine|tests
 set -euo pipefail
 . "$(dirname "$0")/common.sh"
 PATH="$PATH:/usr/sbin:/sbin"
 
-# program:Debian package that has it
-needed=(redis-server:redis-server luacheck:lua-check)
+# Each line: what must be there (a program, or a library by its file name), and its Debian package.
+case "${1:-}" in
+engine) needed=(libnuma.so.1:libnuma1) ;; # vLLM's CPU kernels are linked with it
+tests) needed=(redis-server:redis-server luacheck:lua-check) ;;
+*) die "usage: system.sh engine|tests" ;;
+esac
+
+is_there() {
+  case "$1" in
+  *.so.*) ldconfig -p | grep -F "$1" >/dev/null ;;
+  *) command -v "$1" >/dev/null ;;
+  esac
+}
 
 missing=()
 for pair in "${needed[@]}"; do
-  command -v "${pair%%:*}" >/dev/null || missing+=("${pair#*:}")
+  is_there "${pair%%:*}" || missing+=("${pair#*:}")
 done
 [ "${#missing[@]}" -gt 0 ] || exit 0
 
@@ -22,5 +34,5 @@ if [[ " ${missing[*]} " = *" redis-server "* ]] && [ -d /run/systemd/system ]; t
   systemctl disable --quiet redis-server
 fi
 for pair in "${needed[@]}"; do
-  command -v "${pair%%:*}" >/dev/null || die "${pair%%:*} is still not on PATH"
+  is_there "${pair%%:*}" || die "${pair%%:*} is still missing after installing ${pair#*:}"
 done

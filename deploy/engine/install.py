@@ -29,8 +29,9 @@ TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 STAMP_NAME = "redmesh-engine.fingerprint"
 PROBE_TIMEOUT_S = 30.0
 IMPORT_TIMEOUT_S = 600.0
+# vLLM itself only warns when its kernels do not load, and fails much later.
 IMPORT_CHECK = (
-    "import torch, vllm, vllm.entrypoints.openai.api_server, vllm.v1.engine.core;"
+    "import torch, vllm, vllm._C, vllm.entrypoints.openai.api_server, vllm.v1.engine.core;"
     "print('vllm', vllm.__version__, 'torch', torch.__version__)"
 )
 
