@@ -112,7 +112,7 @@ async def look(
         proxies=tuple(views),
         agents=sum(member.kind is MemberKind.AGENT and member.id in hosts for member in alive),
         agents_wanted=len(hosts),
-        leader=any(member.kind is MemberKind.CONTROLLER for member in alive),
+        leader=bool(await leader_of(registry)),
         events=tuple(events),
     )
 
@@ -135,6 +135,14 @@ def _ready_counts(report: LiveReport) -> dict[str, int]:
         model: sum(state == ReplicaState.READY for state in table.replicas.values())
         for model, table in report.table.items()
     }
+
+
+async def leader_of(registry: Registry) -> str:
+    """Name the leader; "" when nobody leads."""
+    owner: bytes | str | None = await registry.connection.command(
+        "HGET", registry.keys.fleet.leader, "owner"
+    )
+    return owner.decode(errors="replace") if isinstance(owner, bytes) else owner or ""
 
 
 async def last_event_id(registry: Registry) -> str | None:
