@@ -29,20 +29,18 @@ find_python() {
 }
 
 # apt_install PACKAGE...: install Debian packages as root, without starting the services in them.
-apt_install() {
-  local policy=/usr/sbin/policy-rc.d ours=no status=0
+# A subshell: the trap takes the switch away again however this ends.
+apt_install() (
+  policy=/usr/sbin/policy-rc.d
   # Debian asks this file before it starts a service; 101 means no.
   if [ ! -e "$policy" ]; then
+    trap 'rm -f "$policy"' EXIT
     printf '#!/bin/sh\nexit 101\n' >"$policy"
     chmod +x "$policy"
-    ours=yes
   fi
-  {
-    apt-get update -qq &&
-      DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@"
-  } </dev/null >/dev/null || status=$?
-  [ "$ours" = no ] || rm -f "$policy"
-  return "$status"
-}
+  export DEBIAN_FRONTEND=noninteractive
+  exec </dev/null >/dev/null
+  apt-get update -qq && apt-get install -y -qq --no-install-recommends "$@"
+)
 
 may_apt() { [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; }

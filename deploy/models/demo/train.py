@@ -191,46 +191,57 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
+def untrained(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """Return the model before it has learned anything."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=3,
+            num_key_value_heads=3,
+            head_dim=64,
+            max_position_embeddings=CONTEXT_TOKENS,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
 def main() -> int:
-    """Train, check and write the model; return the exit status."""
+    """Train, check and write the model, or only check it; return the exit status."""
     parser = argparse.ArgumentParser(description="Train the demo model on faq.json.")
-    parser.add_argument("--out", type=Path, default=HERE / "weights")
-    folder: Path = parser.parse_args().out
+    parser.add_argument("--out", type=Path, default=HERE / "weights", help="folder to write")
+    parser.add_argument("--check", action="store_true", help="only check the model in that folder")
+    arguments = parser.parse_args()
+    folder: Path = arguments.out
 
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
     faq = json.loads((HERE / "faq.json").read_text())
-    texts = [text for entry in faq for text in [entry["answer"], *entry["questions"]]]
-    tokenizer = train_tokenizer(texts)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=3,
-        num_key_value_heads=3,
-        head_dim=64,
-        max_position_embeddings=CONTEXT_TOKENS,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = LlamaForCausalLM(config)
-    print(f"{model.num_parameters():,} parameters, {len(tokenizer)} words in the vocabulary")
-    train(model, Examples(faq, tokenizer, SEED))
+    if arguments.check:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    else:
+        texts = [text for entry in faq for text in [entry["answer"], *entry["questions"]]]
+        tokenizer = train_tokenizer(texts)
+        model = untrained(tokenizer)
+        print(f"{model.num_parameters():,} parameters, vocabulary of {len(tokenizer)}")
+        train(model, Examples(faq, tokenizer, SEED))
+        model = model.to(torch.bfloat16)
 
-    model = model.to(torch.bfloat16)
     wrong = recall(model, tokenizer, faq)
     asked = sum(len(entry["questions"]) for entry in faq)
     print(f"{asked - len(wrong)} of {asked} phrasings answered word for word")
     if wrong:
         print("not these, so nothing is written:", *wrong, sep="\n  ", file=sys.stderr)
         return 1
-    save(model, tokenizer, folder)
-    size = sum(file.stat().st_size for file in folder.iterdir())
-    print(f"{folder}: {size / 1e6:.1f} MB")
+    if not arguments.check:
+        save(model, tokenizer, folder)
     return 0
 
 

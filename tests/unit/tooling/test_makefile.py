@@ -1,0 +1,57 @@
+"""The Makefile: what a newcomer sees first."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+MAKEFILE = (REPOSITORY / "Makefile").read_text()
+
+
+def make(*words: str) -> str:
+    """Run make on the repository and return what it prints, whatever make runs these tests."""
+    inherited = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "ENGINE", "MODELS", "UP"}
+    done = subprocess.run(
+        ["make", "-C", str(REPOSITORY), "--no-print-directory", *words],  # noqa: S607 - as users do
+        env={name: value for name, value in os.environ.items() if name not in inherited},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout
+
+
+def test_make_alone_prints_every_target() -> None:
+    """`make` alone prints each phony target with a sentence of help."""
+    targets = re.findall(r"^\.PHONY: (\S+)$", MAKEFILE, re.MULTILINE)
+    printed = make()
+    assert len(targets) > 10
+    for target in targets:
+        assert re.search(rf"^  make {target} +\w.+$", printed, re.MULTILINE), target
+
+
+def test_a_simulated_demo_installs_no_engine() -> None:
+    """`make demo ENGINE=sim` starts the mesh without installing vLLM."""
+    printed = make("--dry-run", "demo", "ENGINE=sim")
+    assert "deploy/engine/install.py" not in printed
+    assert "redmesh up --models deploy/models/demo.json --engine sim" in printed
+
+
+def test_the_demo_installs_the_engine_first() -> None:
+    """`make demo` installs vLLM and then starts the mesh, with whatever models are asked for."""
+    printed = make("--dry-run", "demo", "MODELS=mine.json")
+    assert printed.index("deploy/engine/install.py") < printed.index("redmesh up")
+    assert "redmesh up --models mine.json --engine auto" in printed
+
+
+@pytest.mark.parametrize("step", ["setup", "system", "engine", "check"])
+def test_ci_runs_what_make_test_runs(step: str) -> None:
+    """CI goes through the steps of `make test`, one by one, so that each is timed."""
+    steps = re.search(r"^test: (.*) ##", MAKEFILE, re.MULTILINE)
+    assert steps is not None
+    assert step in steps.group(1).split()
+    ci = (REPOSITORY / ".ci" / "run").read_text()
+    assert re.search(rf"for step in .*\b{step}\b.*; do", ci)
