@@ -140,7 +140,7 @@ def _ready_counts(report: LiveReport) -> dict[str, int]:
 async def leader_of(registry: Registry) -> str:
     """Name the leader; "" when nobody leads."""
     owner: bytes | str | None = await registry.connection.command(
-        "HGET", registry.keys.fleet.leader, "owner"
+        "HGET", registry.keys.fleet.leader, "id"
     )
     return owner.decode(errors="replace") if isinstance(owner, bytes) else owner or ""
 
