@@ -203,6 +203,8 @@ class Engine:
         while True:
             await self._look()
             interval_s = self._settings.metrics_interval_s
+            if self._health.misses:
+                interval_s = min(interval_s, health.RETRY_S)
             if self.draining:
                 await asyncio.sleep(min(DRAIN_POLL_S, interval_s))
                 continue
@@ -255,7 +257,7 @@ class Engine:
         progress = load.progress if load is not None else self._health.progress
         problem: str | None = None
         if not health.progressed(self._health, progress):
-            problem, progress = await self._ask(progress)
+            problem, progress = await self._ask(progress, again=load is not None)
         self._health = health.judge(
             self._health,
             well=problem is None,
@@ -272,17 +274,15 @@ class Engine:
         elif not self._health.healthy and self.phase is Phase.READY:
             self._move(Phase.UNHEALTHY, f"{self._health.misses} probes missed: {problem}")
 
-    async def _ask(self, progress: float) -> tuple[str | None, float]:
-        """Probe; a probe that waited behind real work that went on is no miss."""
+    async def _ask(self, progress: float, *, again: bool) -> tuple[str | None, float]:
+        """Probe. With `again`, a probe that waited behind work that went on is no miss."""
         began_s = self._clock.monotonic_s()
         problem = await probe.complaint(
             self.endpoint, self.order.spec, self._settings.probe_deadline_s
         )
         if problem is None:
             self._telemetry.probe_seconds.observe(self._clock.monotonic_s() - began_s)
-        if self.kind is EngineKind.EXTERNAL:
-            return problem, progress
-        after = await probe.read_load(self.endpoint)
+        after = await probe.read_load(self.endpoint) if again else None
         if after is None:
             return problem, progress
         return (None if after.progress > progress >= 0 else problem), after.progress

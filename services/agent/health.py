@@ -5,6 +5,8 @@ must show that it can produce one token. `/health` proves nothing here: vLLM ans
 while its engine core is frozen.
 """
 
+from typing import Final
+
 import msgspec
 
 
@@ -20,7 +22,7 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
     """When the next judgement is due."""
 
 
-RETRY_S = 1.0
+RETRY_S: Final = 1.0
 """After a miss the next probe follows soon: a frozen engine must be known within seconds."""
 
 

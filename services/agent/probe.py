@@ -14,7 +14,7 @@ from shared.models.deployment import DeploymentSpec, EngineKind
 
 PROBE_TOKEN: Final = 5
 """A token id that every vocabulary has."""
-METRICS_DEADLINE_S: Final = 2.0
+METRICS_DEADLINE_S: Final = 1.0
 MODELS_DEADLINE_S: Final = 5.0
 
 _SAMPLE: Final = re.compile(
