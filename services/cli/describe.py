@@ -7,7 +7,7 @@ import msgspec
 
 from services.cli import observing
 from services.cli.declaring import find
-from services.cli.listings import held
+from services.cli.listings import held, remark
 from services.cli.observing import all_replicas
 from services.cli.session import Session, common_options
 from services.cli.tables import age, console, table
@@ -50,12 +50,11 @@ def describe_command(session: Session, *, words: tuple[str, ...]) -> int:
         subjects = {f"{kind}/{name_found}", *related}
         events = [e for e in await registry.fleet.events(2000) if e.subject in subjects]
         rows = [
-            (age(now_ms - each.at_ms), each.level, each.kind, each.message)
-            for each in events[-EVENTS_SHOWN:]
+            (age(now_ms - each.at_ms), each.kind, remark(each)) for each in events[-EVENTS_SHOWN:]
         ]
         screen.print("\nevents", style="bold")
         if rows:
-            screen.print(table(("AGO", "LEVEL", "KIND", "MESSAGE"), rows, wraps="MESSAGE"))
+            screen.print(table(("AGO", "KIND", "WHAT"), rows, wraps="WHAT"))
         else:
             screen.print("none")
         return 0

@@ -9,6 +9,7 @@ import msgspec
 from services.cli.observing import ALIVE_MS, leader_of
 from services.cli.tables import Listing, age, gib
 from shared.errors import NotFoundError
+from shared.models.event import Event, EventLevel
 from shared.models.host import Hold, MemberKind
 from shared.models.replica import ENDED, ReplicaState
 from shared.registry import Registry
@@ -215,15 +216,22 @@ async def events(registry: Registry, only: str | None) -> Listing:
             wanted |= {f"deployment/{model}", *(f"replica/{rid}" for rid in snapshot.replicas)}
         found = [event for event in found if event.subject in wanted][-EVENTS_SHOWN:]
     return Listing(
-        columns=("AGO", "LEVEL", "KIND", "SUBJECT", "MESSAGE"),
+        columns=("AGO", "KIND", "WHAT"),
         rows=[
-            (age(now_ms - each.at_ms), each.level, each.kind, each.subject, each.message)
+            (age(now_ms - each.at_ms), each.kind, f"{each.subject}: {remark(each)}")
             for each in found
         ],
         records=[_plain(event) for event in found],
         empty="no events",
-        wraps="MESSAGE",
+        wraps="WHAT",
     )
+
+
+def remark(event: Event) -> str:
+    """Write an event's message; a warning or an error says so."""
+    if event.level is EventLevel.INFO:
+        return event.message
+    return f"{event.message} [{event.level}]"
 
 
 def held(hold: Hold | None) -> str:

@@ -105,13 +105,14 @@ def up_command(
     kind = meshplan.choose_engine(engine, os.environ) if _needs_engine(specs) else None
     if kind is EngineKind.SIM:
         specs = meshplan.with_engine(specs, kind)
-        click.echo(SYNTHETIC, err=True)
     state = session.state
     state.prepare()
     with state.locked():
         state.check_unused()
         meshplan.check_ports(wish)
         redis_url = _external_redis(session)
+        if kind is EngineKind.SIM:
+            click.echo(SYNTHETIC, err=True)
         mesh = prepare(
             state,
             wish,
