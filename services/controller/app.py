@@ -72,6 +72,14 @@ class Controller:
         loops.start("beat", every(_beat_interval_s, lambda: self._beat(member)))
         loops.start("listen", self._listen())
 
+    async def leave(self, member: Member) -> None:
+        """Give up leadership and leave the fleet, after the loops have ended."""
+        await self.leader.resign()
+        try:
+            await self._registry.fleet.forget_member(member.field)
+        except RegistryError as error:
+            _log.debug("leave_failed", reason=str(error))
+
     def not_ready(self) -> str | None:
         """Say why this controller could not take over; a standby that could is ready."""
         return self.leader.problem

@@ -54,7 +54,7 @@ async def run(settings: ControllerSettings) -> int:
             async with Loops() as loops:
                 controller.start(loops, member)
                 await run_until_stopped(stop, loops)
-            await controller.leader.resign()
+            await controller.leave(member)
     finally:
         await admin.__aexit__()
         await registry.aclose()
