@@ -1,0 +1,1 @@
+"""The data plane: OpenAI-compatible HTTP in front of the fleet's replicas."""

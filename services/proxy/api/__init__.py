@@ -1,0 +1,1 @@
+"""The HTTP surface: which routes there are, and who answers them."""

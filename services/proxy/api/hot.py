@@ -1,0 +1,278 @@
+"""The hot routes: plain ASGI, so that a request costs no more than it must.
+
+A handler reads the body, peeks into it, finds the model and begins an exchange; then it merely
+waits until ASGI says that the client has gone or the answer is complete. All else is driven by
+what arrives from Redis and from the replica.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+from urllib.parse import unquote
+
+import structlog
+from litestar.types import HTTPScope, Receive, Scope, Send
+
+from services.proxy import refusals
+from services.proxy.api.paths import ADDRESSED, CHAT, Route
+from services.proxy.client import Client
+from services.proxy.exchange import Exchange
+from services.proxy.inbound import (
+    Inbound,
+    RefusedError,
+    inbound,
+    named_model,
+    peek,
+    request_id_of,
+    text_request,
+    with_model,
+)
+from services.proxy.refusals import Dialect, Refusal
+from services.proxy.relay import Relay, TextRelay
+from services.proxy.serving import Fleet
+from services.proxy.stepping import begin
+from services.proxy.table import ModelTable
+
+Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+JSON: Final = "application/json"
+TEXT: Final = "text/plain"
+
+_log = structlog.get_logger(__name__)
+
+
+class _GoneError(Exception):
+    """The client left before its request was read."""
+
+
+class _Head:
+    """What matters of a request's head."""
+
+    __slots__ = ("content_type", "length", "request_id")
+
+    def __init__(self, headers: Any) -> None:  # noqa: ANN401 - ASGI: iterable of pairs of bytes
+        self.content_type = b""
+        self.length = -1
+        given_id = b""
+        for name, value in headers:
+            if name == b"content-type":
+                self.content_type = value
+            elif name == b"content-length":
+                self.length = int(value) if value.isdigit() else -1
+            elif name == b"x-request-id":
+                given_id = value
+        self.request_id = request_id_of(given_id)
+
+    @property
+    def media_type(self) -> str:
+        """The content type without its parameters."""
+        return self.content_type.partition(b";")[0].strip().lower().decode("latin-1")
+
+
+class HotRoutes:
+    """Makes the ASGI handlers of the routes that go to replicas."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._settings = fleet.settings
+
+    def handler(self, route: Route) -> Handler:
+        """Make the handler of one ordinary route."""
+
+        async def handle(scope: Scope, receive: Receive, send: Send) -> None:
+            await self._guarded(scope, receive, send, route, self._ordinary)
+
+        return handle
+
+    def addressed_handler(self) -> Handler:
+        """Make the handler of `/v1/chat/{model}`."""
+
+        async def handle(scope: Scope, receive: Receive, send: Send) -> None:
+            await self._guarded(scope, receive, send, CHAT, self._addressed)
+
+        return handle
+
+    async def _guarded(
+        self,
+        scope: Any,  # noqa: ANN401 - HTTP by the router's choice; ASGI types it as a union
+        receive: Receive,
+        send: Send,
+        route: Route,
+        act: Callable[[HTTPScope, _Head, Receive, Send, Route], Awaitable[None]],
+    ) -> None:
+        head = _Head(scope["headers"])
+        try:
+            if scope["method"] != "POST":
+                raise RefusedError(refusals.wrong_method(scope["method"], "POST"))
+            await act(scope, head, receive, send, route)
+        except RefusedError as error:
+            await self._refuse(send, error.refusal, head.request_id, route.dialect)
+        except _GoneError:
+            return
+
+    async def _ordinary(
+        self, _scope: HTTPScope, head: _Head, receive: Receive, send: Send, route: Route
+    ) -> None:
+        if not head.content_type.startswith(b"application/json"):
+            media_type = head.media_type
+            if not (media_type.startswith("application/") and media_type.endswith("json")):
+                raise RefusedError(refusals.wrong_content_type(media_type, JSON))
+        body = await self._body(head, receive)
+        given = peek(body)
+        table = self._resolve(named_model(given))
+        request = inbound(route.upstream, body, head.request_id, given)
+        await self._serve(table, request, receive, send, route, Relay)
+
+    async def _addressed(
+        self, scope: HTTPScope, head: _Head, receive: Receive, send: Send, route: Route
+    ) -> None:
+        path = scope["raw_path"].decode("latin-1") if "raw_path" in scope else scope["path"]
+        name = unquote(path.partition(ADDRESSED)[2]).strip("/")
+        if not path.startswith(ADDRESSED) or not name:
+            raise RefusedError(refusals.unknown_route(path))
+        table = self._resolve(name)
+        media_type = head.media_type
+        if media_type == TEXT:
+            body = text_request(table.model, await self._body(head, receive), scope["query_string"])
+            shape: type[Relay] = TextRelay
+        elif media_type.startswith("application/") and media_type.endswith("json"):
+            body = with_model(await self._body(head, receive), table.model)
+            shape = Relay
+        else:
+            wanted = f"{JSON} (a chat request) or {TEXT} (a prompt)"
+            raise RefusedError(refusals.wrong_content_type(media_type, wanted))
+        request = inbound(route.upstream, body, head.request_id, peek(body))
+        await self._serve(table, request, receive, send, route, shape)
+
+    def _resolve(self, name: str) -> ModelTable:
+        tables = self._fleet.tables
+        table = tables.resolve(name)
+        if table is None:
+            known = [known.model for known in tables.models()]
+            raise RefusedError(refusals.unknown_model(name, known))
+        return table
+
+    async def _serve(
+        self,
+        table: ModelTable,
+        request: Inbound,
+        receive: Receive,
+        send: Send,
+        route: Route,
+        shape: type[Relay],
+    ) -> None:
+        fleet = self._fleet
+        served = fleet.of(table)
+        request.output_tokens = served.output.expect(request.client_limit_tokens, request.choices)
+        client = Client(send, fleet.pumps)
+        relay = shape(
+            client,
+            request_id=request.request_id,
+            dialect=route.dialect,
+            model=table.model,
+            path=route.path,
+        )
+        waiting = _Waiting(receive)
+        exchange = Exchange(fleet, served, request, relay, waiting.cut)
+        client.on_flow(exchange.client_flows)
+        exchange.begin()
+        try:
+            await waiting.for_the_end()
+        except asyncio.CancelledError:
+            exchange.shut()
+            raise
+        except BaseException:
+            exchange.client_gone()
+            raise
+        exchange.client_gone()
+
+    async def _body(self, head: _Head, receive: Receive) -> bytes:
+        limit = self._settings.max_body_bytes
+        if head.length > limit:
+            raise RefusedError(refusals.body_too_large(limit))
+        # Nearly always the body came with the head, and this does not wait.
+        message, rest = begin(_received(receive))
+        if rest is None and message is not None and not message.get("more_body"):
+            return _body_of(message, limit)
+        try:
+            async with asyncio.timeout(self._settings.body_timeout_s):
+                return await self._slow_body(message, rest, receive, limit)
+        except TimeoutError:
+            raise RefusedError(refusals.body_too_slow(self._settings.body_timeout_s)) from None
+
+    async def _slow_body(
+        self,
+        message: Any,  # noqa: ANN401 - an ASGI message
+        rest: Any,  # noqa: ANN401 - what is left of receiving it
+        receive: Receive,
+        limit: int,
+    ) -> bytes:
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            if message is None:
+                message = await rest if rest is not None else await receive()
+                rest = None
+            part = _body_of(message, limit)
+            size += len(part)
+            if size > limit:
+                raise RefusedError(refusals.body_too_large(limit))
+            parts.append(part)
+            if not message.get("more_body"):
+                return b"".join(parts)
+            message = None
+
+    async def _refuse(
+        self, send: Send, refusal: Refusal, request_id: bytes, dialect: Dialect
+    ) -> None:
+        self._fleet.metrics.refused.labels(str(refusal.status)).inc()
+        body = refusal.body(dialect)
+        headers = refusal.headers(request_id, body)
+        if refusal.status in {408, 413}:
+            # What is left of the body will not be read: the connection cannot go on.
+            headers.append((b"connection", b"close"))
+        await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
+        await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+class _Waiting:
+    """Waits until the client is gone or the answer complete; `cut` ends it without an end.
+
+    Returning from an ASGI application before the answer is complete makes the server close the
+    connection, which is how a client learns that a plain text broke off.
+    """
+
+    __slots__ = ("_cut", "_receive", "_task")
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._task = asyncio.current_task()
+        self._cut = False
+
+    def cut(self) -> None:
+        """End the wait."""
+        self._cut = True
+        if self._task is not None:
+            self._task.cancel()
+
+    async def for_the_end(self) -> None:
+        """Wait; raises CancelledError only if somebody else cancelled."""
+        try:
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
+        except asyncio.CancelledError:
+            if not self._cut or self._task is None or self._task.uncancel() > 0:
+                raise
+
+
+async def _received(receive: Receive) -> Any:  # noqa: ANN401 - an ASGI message
+    return await receive()
+
+
+def _body_of(message: Any, limit: int) -> bytes:  # noqa: ANN401 - an ASGI message
+    if message["type"] == "http.disconnect":
+        raise _GoneError
+    body: bytes = message.get("body", b"")
+    if len(body) > limit:
+        raise RefusedError(refusals.body_too_large(limit))
+    return body

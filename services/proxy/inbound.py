@@ -1,0 +1,166 @@
+"""Reading a client's request: what the proxy must know of it, and nothing more.
+
+The body is decoded once, into the few fields that routing needs; all others pass through unread,
+byte for byte. Only a path-addressed call is rewritten: its model is set, everything else stays.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+from urllib.parse import parse_qsl
+
+import msgspec
+
+from services.proxy import refusals
+from services.proxy.cost import prompt_tokens
+from services.proxy.refusals import Refusal
+from shared.ids import new_request_id
+
+REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._:@+=/-]{0,127}")
+
+
+class RefusedError(Exception):
+    """The request is refused; `refusal` says how."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.message)
+        self.refusal = refusal
+
+
+class Peek(msgspec.Struct):
+    """The fields of a body that matter here. Wrong types are the engine's to refuse."""
+
+    model: Any = None
+    max_tokens: Any = None
+    max_completion_tokens: Any = None
+    max_output_tokens: Any = None
+    n: Any = None
+    messages: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    prompt: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    input: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+
+
+class Inbound(msgspec.Struct):
+    """A request that is ready to be sent to a replica."""
+
+    path: bytes
+    body: bytes
+    request_id: bytes
+    prompt_tokens: int
+    client_limit_tokens: int | None
+    choices: int = 1
+    output_tokens: int = 0
+    """Expected; set once the model is known."""
+
+
+_PEEK: Final = msgspec.json.Decoder(Peek)
+_FIELDS: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
+def request_id_of(given: bytes) -> bytes:
+    """Keep the client's request id if it is a sane one, else make one."""
+    if given and REQUEST_ID.fullmatch(given):
+        return given
+    return new_request_id().encode()
+
+
+def peek(body: bytes) -> Peek:
+    """Decode what matters of a body; raises RefusedError where it is not a JSON object."""
+    try:
+        return _PEEK.decode(body)
+    except msgspec.ValidationError:
+        raise RefusedError(
+            refusals.bad_field("body", "the request body must be a JSON object")
+        ) from None
+    except msgspec.DecodeError as error:
+        raise RefusedError(refusals.not_json(str(error))) from None
+
+
+def named_model(given: Peek) -> str:
+    """Return the model that a body names; raises RefusedError where it names none."""
+    model = given.model
+    if isinstance(model, str) and model:
+        return model
+    raise RefusedError(
+        refusals.bad_field("model", "`model` is missing or not a string: GET /v1/models lists some")
+    )
+
+
+def inbound(path: bytes, body: bytes, request_id: bytes, given: Peek) -> Inbound:
+    """Put together what is sent to a replica."""
+    limit = _whole(given.max_completion_tokens)
+    if limit is None:
+        limit = _whole(given.max_tokens)
+    if limit is None:
+        limit = _whole(given.max_output_tokens)
+    prompt = bytes(given.messages) or bytes(given.prompt) or bytes(given.input)
+    return Inbound(
+        path=path,
+        body=body,
+        request_id=request_id,
+        prompt_tokens=prompt_tokens(prompt),
+        client_limit_tokens=limit,
+        choices=_whole(given.n) or 1,
+    )
+
+
+def with_model(body: bytes, model: str) -> bytes:
+    """Set the model of a body; every other field keeps its bytes."""
+    try:
+        fields = _FIELDS.decode(body)
+    except msgspec.DecodeError as error:
+        raise RefusedError(refusals.not_json(str(error))) from None
+    fields["model"] = msgspec.Raw(msgspec.json.encode(model))
+    return msgspec.json.encode(fields)
+
+
+def text_request(model: str, body: bytes, query: bytes) -> bytes:
+    """Make a streamed chat request of a plain-text prompt and its query parameters."""
+    try:
+        prompt = body.decode()
+    except UnicodeDecodeError:
+        raise RefusedError(
+            refusals.bad_field("body", "the text/plain body must be UTF-8")
+        ) from None
+    if not prompt.strip():
+        raise RefusedError(
+            refusals.bad_field("body", "the text/plain body is empty: send the prompt in it")
+        )
+    request: dict[str, object] = {
+        "model": model,
+        "messages": [{"role": "user", "content": prompt}],
+        "stream": True,
+    }
+    stops: list[str] = []
+    for name, value in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
+        if name == "stop":
+            stops.append(value)
+            continue
+        kind = _TEXT_PARAMETERS.get(name)
+        if kind is None:
+            allowed = ", ".join([*_TEXT_PARAMETERS, "stop"])
+            raise RefusedError(
+                refusals.bad_field(name[:64], f"unknown query parameter; there are: {allowed}")
+            )
+        try:
+            request[name] = kind(value)
+        except ValueError:
+            wanted = "a whole number" if kind is int else "a number"
+            raise RefusedError(
+                refusals.bad_field(name, f"{name}={value[:40]!r}: give {wanted}")
+            ) from None
+    if stops:
+        request["stop"] = stops
+    return msgspec.json.encode(request)
+
+
+_TEXT_PARAMETERS: Final[Mapping[str, type[int] | type[float]]] = {
+    "max_tokens": int,
+    "temperature": float,
+    "top_p": float,
+    "seed": int,
+}
+
+
+def _whole(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None

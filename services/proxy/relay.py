@@ -1,0 +1,255 @@
+"""Turning a replica's answer into the client's, in one of two shapes.
+
+`Relay` passes an answer through: server-sent events as the bytes they are, from the first on;
+anything else whole, so that it can be fetched again until it is complete. `TextRelay` gives the
+text of a chat stream as `text/plain`. Both say after each read how the answer stands, and know
+whether there is still a way back (nothing written) or not.
+"""
+
+from enum import Enum
+from typing import Final
+
+import msgspec
+
+from services.proxy import refusals
+from services.proxy.client import Client
+from services.proxy.plaintext import TextStream
+from services.proxy.refusals import Dialect, Refusal
+from services.proxy.retry import ENGINE_DEAD, Failure, classify
+from services.proxy.upstream import Head
+
+UNARY_BUFFER_BYTES: Final = 8 << 20
+"""An answer that is not a stream is held back up to this size; beyond it, it is passed on as it
+comes, and can no longer be fetched again."""
+
+_EVENT_STREAM: Final = b"text/event-stream"
+_COMPLETION_TOKENS: Final = b'"completion_tokens":'
+
+
+class Step(Enum):
+    """How an answer stands after a read."""
+
+    GOES_ON = 0
+    STARTED = 1
+    """The first bytes have just been written (and perhaps the last: see `ended`)."""
+    ENDED = 2
+    BROKEN = 3
+    """It cannot be completed, and the client has seen a part of it."""
+    FAILED = 4
+    """It cannot be used, and the client has seen nothing: try again."""
+
+
+class Relay:
+    """Passes an answer through."""
+
+    def __init__(
+        self, client: Client, *, request_id: bytes, dialect: Dialect, model: str, path: str
+    ) -> None:
+        self._client = client
+        self._request_id = request_id
+        self._dialect = dialect
+        self._model = model
+        self._path = path
+        self._head = Head(0)
+        self._streams = False
+        self._held: list[bytes] = []
+        self._held_bytes = 0
+        self._last = b""
+        self.failure: Failure | None = None
+        self.detail = ""
+        self.outcome = "2xx"
+        self.tokens = 0
+        """Events relayed, or completion tokens of a whole answer: near enough for estimates."""
+
+    @property
+    def stalled(self) -> bool:
+        """Tell whether the client is slower than the replica."""
+        return self._client.stalled
+
+    @property
+    def ended(self) -> bool:
+        """Tell whether the last byte has been handed over."""
+        return self._client.ended
+
+    def head(self, head: Head) -> None:
+        """Take the head of the replica's answer."""
+        self._head = head
+        self._streams = head.status == 200 and head.content_type.startswith(_EVENT_STREAM)
+
+    def feed(self, data: bytes, *, complete: bool) -> Step:
+        """Take the next bytes; `complete` with the last."""
+        if self._streams:
+            return self._feed_stream(data, complete=complete)
+        if self._client.started:
+            self._client.write(data, more=not complete)
+            return Step.ENDED if complete else Step.GOES_ON
+        self._held.append(data)
+        self._held_bytes += len(data)
+        if complete:
+            return self._whole(b"".join(self._held))
+        if self._held_bytes > UNARY_BUFFER_BYTES:
+            self._start()
+            self._client.write(b"".join(self._held), more=True)
+            self._held.clear()
+            return Step.STARTED
+        return Step.GOES_ON
+
+    def reset(self) -> None:
+        """Forget a try that came to nothing."""
+        self._held.clear()
+        self._held_bytes = 0
+        self._head = Head(0)
+        self._streams = False
+        self.failure = None
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Answer with an error of our own."""
+        body = refusal.body(self._dialect)
+        self._client.start(refusal.status, refusal.headers(self._request_id, body))
+        self._client.write(body, more=False)
+
+    def break_off(self, refusal: Refusal) -> bool:
+        """End a begun answer as an error; False where only cutting the connection can tell."""
+        if not self._streams:
+            return False
+        boundary = b"" if self._last.endswith(b"\n\n") else b"\n\n"
+        self._client.write(boundary + refusal.event(self._dialect), more=False)
+        return True
+
+    def _feed_stream(self, data: bytes, *, complete: bool) -> Step:
+        first = not self._client.started
+        if first and not data and not complete:
+            return Step.GOES_ON
+        if first and ENGINE_DEAD in data:
+            return self._fail(Failure.ENGINE_DEAD, "its engine has died")
+        if first and not data:
+            return self._fail(Failure.RESET, "an empty stream")
+        if first:
+            self._start()
+        self.tokens += data.count(b"\n\n")
+        if complete and not self._head.framed and b"[DONE]" not in self._last + data:
+            self._client.write(data, more=True)
+            self._last = data or self._last
+            self.detail = "the replica closed the connection before the end"
+            return Step.BROKEN
+        if data:
+            self._last = data
+        self._client.write(data, more=not complete)
+        if first:
+            return Step.STARTED
+        return Step.ENDED if complete else Step.GOES_ON
+
+    def _whole(self, body: bytes) -> Step:
+        status = self._head.status
+        failure = classify(status, body)
+        if failure is not None:
+            return self._fail(failure, f"it answered {status}")
+        if not self._head.framed and not _is_json(body):
+            return self._fail(Failure.RESET, "it closed the connection in the middle")
+        if status in {401, 403}:
+            self._own(refusals.replica_key_refused(self._model))
+        elif status == 404 and b'"error"' not in body:
+            self._own(refusals.unserved_route(self._model, self._path))
+        else:
+            self.outcome = _outcome(status)
+            self.tokens = _completion_tokens(body)
+            self._start(len(body))
+            self._client.write(body, more=False)
+        return Step.STARTED
+
+    def _own(self, refusal: Refusal) -> None:
+        self.outcome = _outcome(refusal.status)
+        self.refuse(refusal)
+
+    def _fail(self, failure: Failure, detail: str) -> Step:
+        self.failure = failure
+        self.detail = detail
+        return Step.FAILED
+
+    def _start(self, length: int | None = None) -> None:
+        head = self._head
+        headers = [
+            (b"content-type", head.content_type or b"application/json"),
+            (b"x-request-id", self._request_id),
+        ]
+        if length is not None:
+            headers.append((b"content-length", b"%d" % length))
+        if head.retry_after:
+            headers.append((b"retry-after", head.retry_after))
+        if self._streams:
+            headers.append((b"cache-control", b"no-cache"))
+            headers.append((b"x-accel-buffering", b"no"))
+        self._client.start(head.status, headers)
+
+
+class TextRelay(Relay):
+    """Gives the text of a chat stream. An answer that breaks off is cut, never ended cleanly."""
+
+    def __init__(
+        self, client: Client, *, request_id: bytes, dialect: Dialect, model: str, path: str
+    ) -> None:
+        super().__init__(client, request_id=request_id, dialect=dialect, model=model, path=path)
+        self._text = TextStream()
+
+    def reset(self) -> None:
+        """Forget a try that came to nothing."""
+        super().reset()
+        self._text = TextStream()
+
+    def break_off(self, refusal: Refusal) -> bool:
+        """Plain text has no words for an error: the connection must be cut."""
+        del refusal
+        return False
+
+    def _feed_stream(self, data: bytes, *, complete: bool) -> Step:
+        first = not self._client.started
+        reader = self._text
+        self.tokens += data.count(b"\n\n")
+        text = reader.feed(data)
+        if complete and not reader.finished and not reader.error:
+            reader.error = "the replica ended the stream without a finish reason"
+        if reader.error:
+            if first:
+                dead = ENGINE_DEAD.decode() in reader.error
+                return self._fail(Failure.ENGINE_DEAD if dead else Failure.GATEWAY, reader.error)
+            if text:
+                self._client.write(text, more=True)
+            self.detail = reader.error
+            return Step.BROKEN
+        if not text and not complete:
+            return Step.GOES_ON
+        if first:
+            self._client.start(
+                200,
+                [
+                    (b"content-type", b"text/plain; charset=utf-8"),
+                    (b"x-request-id", self._request_id),
+                    (b"cache-control", b"no-cache"),
+                    (b"x-accel-buffering", b"no"),
+                ],
+            )
+        self._client.write(text, more=not complete)
+        if first:
+            return Step.STARTED
+        return Step.ENDED if complete else Step.GOES_ON
+
+
+def _outcome(status: int) -> str:
+    return "2xx" if status < 400 else "4xx" if status < 500 else "5xx"
+
+
+def _is_json(body: bytes) -> bool:
+    try:
+        msgspec.json.decode(body)
+    except msgspec.DecodeError:
+        return False
+    return True
+
+
+def _completion_tokens(body: bytes) -> int:
+    at = body.rfind(_COMPLETION_TOKENS)
+    if at < 0:
+        return 0
+    digits = body[at + len(_COMPLETION_TOKENS) :][:12].lstrip()
+    number = digits[: len(digits) - len(digits.lstrip(b"0123456789"))]
+    return int(number) if number else 0

@@ -1,0 +1,312 @@
+"""Reserving and releasing: one batch per turn of the event loop, and never a wait on Redis.
+
+All operations that one turn of the loop produces for a model travel in one call (at most 64
+operations, at most two calls under way). A reserve that is not answered within 100 ms is decided
+locally; when its answer comes after all, the ledger is moved to what was decided. After misses or
+errors the breaker opens: everything is decided locally at once, and `dirty` asks the next beat
+after Redis' return to repair the ledger from the live requests.
+
+Operations of one request never overtake each other: while one is under way, the next waits.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from random import Random
+from typing import Final, Protocol
+
+import structlog
+
+from services.proxy.breaker import RedisBreaker
+from services.proxy.live import Holding, LiveRequests
+from services.proxy.metrics import LedgerMetrics
+from shared.errors import RegistryError
+from shared.registry.ledger import BUSY, NONE, Adopt, BatchReply, Op, Release, Reserve
+
+RESERVE_DEADLINE_S: Final = 0.1
+BATCH_LIMIT: Final = 64
+BATCHES_UNDER_WAY: Final = 2
+
+_log = structlog.get_logger(__name__)
+
+Answer = Callable[[str], None]
+"""Called with a replica id, `ledger.BUSY` or `ledger.NONE`."""
+
+
+class BatchLedger(Protocol):
+    """The part of the registry's ledger that is needed here."""
+
+    async def batch(self, model: str, proxy: str, ops: Sequence[Op]) -> BatchReply:
+        """Run up to 64 operations as one atomic step."""
+        ...
+
+
+class _Entry:
+    """One operation on its way to the ledger."""
+
+    __slots__ = ("answer", "answered", "cost_tokens", "deadline_s", "op", "request")
+
+    def __init__(self, request: str, op: Op) -> None:
+        self.request = request
+        self.op = op
+        self.answer: Answer | None = None
+        self.answered = False
+        self.cost_tokens = 0
+        self.deadline_s = 0.0
+
+
+class Reservations:
+    """The reservations of one model in this proxy."""
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        proxy: str,
+        ledger: BatchLedger,
+        breaker: RedisBreaker,
+        choose_locally: Callable[[Sequence[str]], str],
+        saw_version: Callable[[int], None],
+        metrics: LedgerMetrics,
+        random: Random,
+    ) -> None:
+        self._model = model
+        self._proxy = proxy
+        self._ledger = ledger
+        self._choose_locally = choose_locally
+        self._saw_version = saw_version
+        self._metrics = metrics
+        self._random = random
+        self._loop = asyncio.get_running_loop()
+        self._queue: deque[_Entry] = deque()
+        self._deferred: dict[str, list[_Entry]] = {}
+        self._flying: set[str] = set()
+        self._unsettled: dict[str, int] = {}
+        self._undecided: deque[_Entry] = deque()
+        self._deadline: asyncio.TimerHandle | None = None
+        self._flush_due = False
+        self._batches: set[asyncio.Task[None]] = set()
+        self.breaker = breaker
+        self.live = LiveRequests()
+        self.dirty = False
+        """The ledger may differ from the live requests: compare as soon as possible."""
+
+    @property
+    def unsettled(self) -> dict[str, int]:
+        """Requests with operations under way, and how many."""
+        return self._unsettled
+
+    def reserve(
+        self, request: str, cost_tokens: int, exclude: tuple[str, ...], answer: Answer
+    ) -> None:
+        """Reserve a replica for `request`; `answer` is called once, maybe before this returns.
+
+        `request` must be new for every try, so that tries cannot be confused.
+        """
+        op = Reserve(request, cost_tokens, self._random.getrandbits(31), (), exclude)
+        entry = _Entry(request, op)
+        entry.answer = answer
+        entry.cost_tokens = cost_tokens
+        if self.breaker.open:
+            self._decide_locally(entry)
+            return
+        entry.deadline_s = self._loop.time() + RESERVE_DEADLINE_S
+        self._undecided.append(entry)
+        if self._deadline is None:
+            self._deadline = self._loop.call_at(entry.deadline_s, self._decide_overdue)
+        self._enqueue(entry)
+
+    def release(self, request: str) -> None:
+        """End the holding of `request`; nothing happens if it has none."""
+        if self.live.remove(request) is not None:
+            self._tell(request, Release(request))
+
+    def settle(self, request: str, cost_tokens: int) -> None:
+        """Change what `request` holds, such as when its prompt has been worked off."""
+        holding = self.live.get(request)
+        if holding is not None and holding.cost_tokens != cost_tokens:
+            holding.cost_tokens = cost_tokens
+            self._tell(request, Adopt(request, holding.rid, cost_tokens))
+
+    def repair(self, adopt: Sequence[tuple[str, Holding]], release: Sequence[str]) -> None:
+        """Send what a comparison with the ledger found."""
+        for request, holding in adopt:
+            self._tell(request, Adopt(request, holding.rid, holding.cost_tokens))
+        for request in release:
+            self._tell(request, Release(request))
+
+    async def flushed(self, deadline_s: float) -> None:
+        """Wait until nothing is under way, at most `deadline_s` seconds."""
+        until_s = self._loop.time() + deadline_s
+        while (self._queue or self._batches) and self._loop.time() < until_s:
+            self._flush()
+            if self._batches:
+                await asyncio.wait(self._batches, timeout=until_s - self._loop.time())
+
+    async def aclose(self) -> None:
+        """Cancel what is under way."""
+        if self._deadline is not None:
+            self._deadline.cancel()
+        batches = list(self._batches)
+        for task in batches:
+            task.cancel()
+        await asyncio.gather(*batches, return_exceptions=True)
+
+    def opened(self) -> None:
+        """Decide everything that waits locally: the breaker has just opened."""
+        self.dirty = True
+        self._metrics.breaker_open.set(1)
+        _log.warning("ledger_away", model=self._model)
+        queue, self._queue = self._queue, deque()
+        entries = [*queue, *(entry for later in self._deferred.values() for entry in later)]
+        self._deferred.clear()
+        for entry in entries:
+            self._settled(entry.request)
+            self._decide_locally(entry)
+
+    # the way to the ledger
+
+    def _tell(self, request: str, op: Op) -> None:
+        if self.breaker.open:
+            self.dirty = True
+            return
+        self._enqueue(_Entry(request, op))
+
+    def _enqueue(self, entry: _Entry) -> None:
+        self._unsettled[entry.request] = self._unsettled.get(entry.request, 0) + 1
+        self._queue.append(entry)
+        if not self._flush_due:
+            self._flush_due = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flush_due = False
+        while self._queue and len(self._batches) < BATCHES_UNDER_WAY:
+            batch = self._take()
+            if not batch:
+                return
+            task = self._loop.create_task(self._send(batch))
+            self._batches.add(task)
+            task.add_done_callback(self._sent)
+
+    def _sent(self, task: asyncio.Task[None]) -> None:
+        self._batches.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("ledger_batch_failed", model=self._model, exc_info=error)
+        if self._queue and not self._flush_due:
+            self._flush_due = True
+            self._loop.call_soon(self._flush)
+
+    def _take(self) -> list[_Entry]:
+        batch: list[_Entry] = []
+        while self._queue and len(batch) < BATCH_LIMIT:
+            entry = self._queue.popleft()
+            if entry.request in self._flying:
+                self._deferred.setdefault(entry.request, []).append(entry)
+                continue
+            if entry.answered and isinstance(entry.op, Reserve):
+                # Decided locally while it waited: tell the ledger the decision instead.
+                holding = self.live.get(entry.request)
+                if holding is None:
+                    self._settled(entry.request)
+                    continue
+                entry.op = Adopt(entry.request, holding.rid, holding.cost_tokens)
+            batch.append(entry)
+        self._flying.update(entry.request for entry in batch)
+        return batch
+
+    async def _send(self, batch: list[_Entry]) -> None:
+        started_s = self._loop.time()
+        try:
+            reply = await self._ledger.batch(
+                self._model, self._proxy, [entry.op for entry in batch]
+            )
+        except RegistryError as error:
+            self._landed(batch)
+            self._failed(batch, error)
+            return
+        except asyncio.CancelledError:
+            self._landed(batch)
+            raise
+        took_s = self._loop.time() - started_s
+        self._metrics.batch_ops.observe(len(batch))
+        self._metrics.batch_s.observe(took_s)
+        if took_s <= RESERVE_DEADLINE_S:
+            self.breaker.answered()
+        self._landed(batch)
+        for entry, result in zip(batch, reply.results, strict=True):
+            if isinstance(entry.op, Reserve):
+                self._answered(entry, str(result))
+        self._saw_version(reply.ver)
+
+    def _landed(self, batch: list[_Entry]) -> None:
+        for entry in batch:
+            self._flying.discard(entry.request)
+            self._settled(entry.request)
+        for entry in batch:
+            later = self._deferred.pop(entry.request, None)
+            if later:
+                self._queue.extend(later)
+
+    def _settled(self, request: str) -> None:
+        left = self._unsettled[request] - 1
+        if left:
+            self._unsettled[request] = left
+        else:
+            del self._unsettled[request]
+
+    # what comes back
+
+    def _answered(self, entry: _Entry, result: str) -> None:
+        if not entry.answered:
+            self._give(entry, result)
+            return
+        # Too late: a local decision was made. Move the ledger to it.
+        holding = self.live.get(entry.request)
+        if holding is None:
+            if result not in {BUSY, NONE}:
+                self._tell(entry.request, Release(entry.request))
+        elif holding.rid != result:
+            self._tell(entry.request, Adopt(entry.request, holding.rid, holding.cost_tokens))
+
+    def _failed(self, batch: list[_Entry], error: RegistryError) -> None:
+        self.dirty = True
+        self._metrics.errors.inc()
+        if self.breaker.errored(self._loop.time()):
+            _log.warning("ledger_failed", model=self._model, error=str(error))
+            self.opened()
+        for entry in batch:
+            self._decide_locally(entry)
+
+    def _decide_overdue(self) -> None:
+        self._deadline = None
+        now_s = self._loop.time()
+        missed = False
+        while self._undecided:
+            entry = self._undecided[0]
+            if not entry.answered:
+                if entry.deadline_s > now_s:
+                    self._deadline = self._loop.call_at(entry.deadline_s, self._decide_overdue)
+                    break
+                missed = True
+                self._decide_locally(entry)
+            self._undecided.popleft()
+        if missed:
+            self._metrics.misses.inc()
+            if self.breaker.missed(now_s):
+                self.opened()
+
+    def _decide_locally(self, entry: _Entry) -> None:
+        if entry.answered or entry.answer is None:
+            return
+        self._metrics.local_choices.inc()
+        op = entry.op
+        self._give(entry, self._choose_locally(op.exclude if isinstance(op, Reserve) else ()))
+
+    def _give(self, entry: _Entry, result: str) -> None:
+        entry.answered = True
+        answer = entry.answer
+        if result not in {BUSY, NONE}:
+            self.live.add(entry.request, Holding(result, entry.cost_tokens, self._loop.time()))
+        if answer is not None:
+            answer(result)

@@ -1,0 +1,173 @@
+"""The public port: uvicorn with limits of ours, on a socket that we bind ourselves.
+
+uvicorn sets no limit to a request's head and waits for ever for its first byte; both are bounded
+here. Signals belong to the service, not to the server.
+"""
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Generator
+from http import HTTPStatus
+from typing import Any, Final, cast
+
+import uvicorn
+from litestar import Litestar
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from services.proxy.refusals import Refusal
+from services.proxy.settings import ProxySettings
+from shared.errors import RedmeshError
+
+SWEEP_S: Final = 1.0
+LINGER_S: Final = 30.0
+BACKLOG: Final = 4096
+STOP_S: Final = 5.0
+"""After answers were ended at the drain deadline, their last bytes get this long."""
+
+
+class PortTakenError(RedmeshError):
+    """The public port cannot be bound."""
+
+
+class _HeadTooLargeError(Exception):
+    """Raised inside the parser to stop it."""
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Bind the public port; raises PortTakenError with one clear line."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except OSError as error:
+        raise PortTakenError(
+            f"cannot resolve --host {host!r}: {error.strerror or error}"
+        ) from error
+    bound = socket.socket(family, kind, protocol)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind(address)
+        bound.listen(BACKLOG)
+    except OSError as error:
+        bound.close()
+        raise PortTakenError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}; "
+            "stop what uses it, or give another --port"
+        ) from error
+    bound.setblocking(False)
+    return bound
+
+
+def protocol_class(settings: ProxySettings) -> type[asyncio.Protocol]:
+    """Make uvicorn's protocol with the limits of `settings`."""
+
+    class LimitedProtocol(HttpToolsProtocol):
+        """Bounds the head of a request in size and in time."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - uvicorn's own
+            super().__init__(*args, **kwargs)
+            self._head_bytes = 0
+            self._too_large = False
+            self.head_since_s: float | None = None
+            self.closing_since_s: float | None = None
+
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            super().connection_made(cast("asyncio.Transport", transport))
+            self.head_since_s = self.loop.time()
+
+        def on_message_begin(self) -> None:
+            super().on_message_begin()
+            self._head_bytes = 0
+            if self.head_since_s is None:
+                self.head_since_s = self.loop.time()
+
+        def on_url(self, url: bytes) -> None:
+            self._grow(len(url))
+            super().on_url(url)
+
+        def on_header(self, name: bytes, value: bytes) -> None:
+            self._grow(len(name) + len(value) + 4)
+            super().on_header(name, value)
+
+        def on_headers_complete(self) -> None:
+            self.head_since_s = None
+            super().on_headers_complete()
+
+        def send_400_response(self, msg: str) -> None:
+            status = 431 if self._too_large else 400
+            refusal = Refusal(
+                status=status,
+                message=f"the request's head is larger than {settings.max_header_bytes} bytes"
+                if self._too_large
+                else "this is not an HTTP/1.1 request",
+                code="head_too_large" if self._too_large else "bad_request",
+            )
+            body = refusal.body()
+            self.transport.write(
+                b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\n"
+                b"connection: close\r\n\r\n%s"
+                % (status, HTTPStatus(status).phrase.encode(), len(body), body)
+            )
+            self.transport.close()
+
+        def overdue(self, now_s: float) -> bool:
+            """Tell whether the head has been awaited for too long, or the end has."""
+            if self.transport.is_closing():
+                if self.closing_since_s is None:
+                    self.closing_since_s = now_s
+                return now_s - self.closing_since_s > LINGER_S
+            since_s = self.head_since_s
+            return since_s is not None and now_s - since_s > settings.header_timeout_s
+
+        def _grow(self, size: int) -> None:
+            self._head_bytes += size
+            if self._head_bytes > settings.max_header_bytes:
+                self._too_large = True
+                raise _HeadTooLargeError
+
+    return LimitedProtocol
+
+
+class Server(uvicorn.Server):
+    """uvicorn, with signals left to the service."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None]:
+        """Leave signals alone."""
+        yield
+
+    async def sweep_connections(self) -> None:
+        """Close connections whose head is overdue, or that linger in closing, for ever."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            now_s = loop.time()
+            for connection in list(self.server_state.connections):
+                if cast("Any", connection).overdue(now_s):
+                    connection.transport.abort()
+
+
+def make_server(app: Litestar, settings: ProxySettings) -> Server:
+    """Make the server of the public port."""
+    # A cut answer is meant to end without its end; uvicorn calls that a fault of the application.
+    logging.getLogger("uvicorn.error").addFilter(_not_about_cut_answers)
+    config = uvicorn.Config(
+        cast("Any", app),
+        http=protocol_class(settings),
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=settings.client_keep_alive_s,
+        timeout_graceful_shutdown=round(settings.drain_timeout_s + STOP_S),
+    )
+    return Server(config)
+
+
+def _not_about_cut_answers(record: logging.LogRecord) -> bool:
+    return "without completing response" not in record.getMessage()

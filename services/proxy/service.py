@@ -1,0 +1,220 @@
+"""One running proxy: its parts put together, its loops, its start and its end."""
+
+import asyncio
+import gc
+import os
+import random
+import socket
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Final
+
+import prometheus_client
+import structlog
+
+from services.proxy.app import build_app
+from services.proxy.beats import Beats
+from services.proxy.convergence import Convergence
+from services.proxy.metrics import Metrics
+from services.proxy.pool import Endpoints
+from services.proxy.server import STOP_S, Server, make_server
+from services.proxy.serving import Fleet
+from services.proxy.settings import ProxySettings
+from services.proxy.table import Tables
+from services.proxy.tablefile import TableFile
+from shared.admin import AdminServer, Answer, health_routes, json_answer
+from shared.clock import SystemClock
+from shared.errors import RegistryError
+from shared.lifecycle import Loops, every, run_until_stopped, stop_signals
+from shared.models.host import Member, MemberKind
+from shared.registry import Registry
+
+LAST_RELEASES_S: Final = 2.0
+
+_log = structlog.get_logger(__name__)
+
+
+class Service:
+    """One running proxy."""
+
+    def __init__(
+        self,
+        settings: ProxySettings,
+        environ: Mapping[str, str],
+        proxy: str,
+        tables: Tables,
+        file: TableFile | None,
+        hot: Registry,
+        calm: Registry,
+    ) -> None:
+        self._settings = settings
+        self._proxy = proxy
+        self._tables = tables
+        self._calm = calm
+        self._clock = SystemClock()
+        self._draining = False
+        source = random.Random()
+        self._metrics = Metrics()
+        self._convergence = Convergence(
+            tables=tables,
+            catalogue=calm.fleet,
+            snapshots=calm.replicas,
+            hints=calm.routes,
+            random=source,
+            table_file=file,
+        )
+        self._fleet = Fleet(
+            proxy=proxy,
+            settings=settings,
+            tables=tables,
+            ledger=hot.ledger,
+            endpoints=Endpoints(
+                settings.fleet_secret,
+                environ,
+                idle_s=settings.replica_idle_s,
+                connect_timeout_s=settings.connect_timeout_s,
+            ),
+            metrics=self._metrics,
+            random=source,
+            saw_version=self._convergence.refresh,
+        )
+        self._beats = Beats(
+            proxy=proxy, fleet=self._fleet, ledger=hot.ledger, metrics=self._metrics, random=source
+        )
+
+    def ready(self) -> str | None:
+        """Return None, or why this proxy must not get traffic."""
+        if self._draining:
+            return "draining"
+        if not self._tables.catalogued:
+            return "the catalogue of models has not been read from Redis yet"
+        return None
+
+    def live_requests(self) -> Answer:
+        """Show every live request, for audits."""
+        now_s = self._fleet.now_s()
+        models = self._fleet.served()
+        return json_answer(
+            {
+                "proxy": self._proxy,
+                "requests": {
+                    served.model: {
+                        request: {
+                            "rid": holding.rid,
+                            "cost_tokens": holding.cost_tokens,
+                            "age_ms": round((now_s - holding.since_s) * 1000),
+                            "streamed": holding.streamed,
+                        }
+                        for request, holding in served.reservations.live.items()
+                    }
+                    for served in models
+                },
+                "table": {
+                    served.model: {
+                        "ver": served.table.ver,
+                        "authoritative": served.table.authoritative,
+                        "replicas": {
+                            rid: replica.state for rid, replica in served.table.replicas.items()
+                        },
+                    }
+                    for served in models
+                },
+                "breaker": "open"
+                if any(served.reservations.breaker.open for served in models)
+                else "closed",
+            }
+        )
+
+    async def run(self, listening: socket.socket, port: int) -> None:
+        """Serve until told to stop, then drain."""
+        server = make_server(
+            build_app(self._fleet, version=_version(), ready=self.ready, metrics=self._show),
+            self._settings,
+        )
+        pages = {
+            **health_routes(self.ready),
+            "/metrics": lambda: Answer(
+                self._show(), content_type=prometheus_client.CONTENT_TYPE_LATEST
+            ),
+            "/live/requests": self.live_requests,
+        }
+        async with AdminServer(
+            self._settings.admin_host, self._settings.admin_port, pages
+        ) as admin:
+            with stop_signals() as stop:
+                async with Loops() as loops:
+                    serving = self._start(loops, server, listening)
+                    loops.start("member", self._be_member(port, admin.url))
+                    _log.info("proxy_started", proxy=self._proxy, port=port, admin=admin.url)
+                    gc.collect()
+                    gc.freeze()
+                    await run_until_stopped(stop, loops)
+                    await self._drain(server, serving)
+        _log.info("proxy_ended", proxy=self._proxy)
+
+    def _show(self) -> bytes:
+        self._fleet.collect()
+        return prometheus_client.generate_latest(self._metrics.registry)
+
+    def _start(self, loops: Loops, server: Server, listening: socket.socket) -> asyncio.Task[None]:
+        loops.start("hints", self._convergence.run_hints())
+        loops.start("catalogue", self._convergence.run_catalogue())
+        loops.start("snapshots", self._convergence.run_snapshots())
+        loops.start("table-copy", self._convergence.run_copies())
+        loops.start("sweeps", self._fleet.run_sweeps())
+        loops.start("polls", self._fleet.run_polls())
+        loops.start("beats", every(self._beats.interval_s, self._beats.beat_all))
+        loops.start("connections", server.sweep_connections())
+        return loops.start("serve", server.serve(sockets=[listening]))
+
+    async def _be_member(self, port: int, admin_url: str) -> None:
+        host = self._settings.host
+        shown = f"[{host}]" if ":" in host else host
+        member = Member(
+            kind=MemberKind.PROXY,
+            id=self._proxy,
+            host=self._settings.host_name,
+            pid=os.getpid(),
+            version=_version(),
+            started_ms=self._clock.now_ms(),
+            url=f"http://{shown}:{port}",
+            admin_url=admin_url,
+        )
+
+        async def beat() -> None:
+            try:
+                await self._calm.fleet.beat(member)
+            except RegistryError as error:
+                _log.debug("member_not_beaten", error=str(error))
+
+        try:
+            await every(self._beats.interval_s, beat)
+        finally:
+            await self._leave(member)
+
+    async def _leave(self, member: Member) -> None:
+        try:
+            async with asyncio.timeout(1.0):
+                await self._calm.fleet.forget_member(member.field)
+        except (RegistryError, TimeoutError) as error:
+            _log.debug("member_not_forgotten", error=str(error))
+
+    async def _drain(self, server: Server, serving: asyncio.Task[None]) -> None:
+        """Fail readiness, refuse connections, let answers finish, end those that do not."""
+        _log.info("proxy_draining", in_flight=self._fleet.in_flight())
+        self._draining = True
+        await asyncio.sleep(self._settings.drain_delay_s)
+        server.should_exit = True
+        await asyncio.wait({serving}, timeout=self._settings.drain_timeout_s)
+        if not serving.done():
+            _log.warning("drain_overdue", in_flight=self._fleet.in_flight())
+            self._fleet.shut()
+            await asyncio.wait({serving}, timeout=STOP_S)
+        await self._fleet.aclose(deadline_s=LAST_RELEASES_S)
+
+
+def _version() -> str:
+    try:
+        return version("redmesh")
+    except PackageNotFoundError:
+        return "0"

@@ -1,0 +1,225 @@
+"""One HTTP/1.1 connection to a replica: our own lean client on asyncio's protocols.
+
+A request is written in one piece; the answer is parsed by llhttp and handed on once per read, not
+once per chunk or event. The connection says how an answer ended: `complete` only when the framing
+says so, so that a cut answer is never taken for a whole one.
+"""
+
+import asyncio
+from typing import Final, NamedTuple, Protocol, cast, cast
+
+import httptools
+
+BOUNDARY_HEADERS: Final = frozenset({b"content-length", b"transfer-encoding"})
+
+
+class Head(NamedTuple):
+    """What matters of an answer's head."""
+
+    status: int
+    content_type: bytes = b""
+    retry_after: bytes = b""
+    framed: bool = True
+    """The answer says where it ends; otherwise it ends with the connection, whole or not."""
+
+
+class Sink(Protocol):
+    """Who listens to the answer of one request."""
+
+    def answer_started(self, head: "Head") -> None:
+        """Take the head of the answer."""
+        ...
+
+    def answer_data(self, data: bytes, *, complete: bool) -> None:
+        """Take the next bytes of the body; `complete` with the last ones (which may be empty)."""
+        ...
+
+    def answer_lost(self, reason: str, *, stale: bool) -> None:
+        """Learn that the connection ended before the answer did.
+
+        `stale`: a reused connection ended without one byte, most likely closed by the replica
+        while the request was on its way.
+        """
+        ...
+
+
+class Idler(Protocol):
+    """Who owns connections between requests."""
+
+    def idle(self, connection: "Connection") -> None:
+        """Take back a connection that can carry another request."""
+        ...
+
+    def gone(self, connection: "Connection") -> None:
+        """Forget a connection that has ended."""
+        ...
+
+
+class Connection(asyncio.Protocol):
+    """A connection to one replica; carries one request at a time."""
+
+    __slots__ = (
+        "_complete",
+        "_content_type",
+        "_framed",
+        "_got_bytes",
+        "_head_due",
+        "_owner",
+        "_parser",
+        "_parts",
+        "_paused",
+        "_retry_after",
+        "_reused",
+        "_sink",
+        "_status",
+        "_transport",
+        "idle_since_s",
+    )
+
+    def __init__(self, owner: Idler) -> None:
+        self._owner = owner
+        self._transport: asyncio.Transport | None = None
+        self._sink: Sink | None = None
+        self._parser = httptools.HttpResponseParser(self)
+        self._parts: list[bytes] = []
+        self._status = 0
+        self._content_type = b""
+        self._retry_after = b""
+        self._framed = False
+        self._head_due = False
+        self._complete = False
+        self._got_bytes = False
+        self._reused = False
+        self._paused = False
+        self.idle_since_s = 0.0
+
+    @property
+    def usable(self) -> bool:
+        """Tell whether a request may be sent now."""
+        transport = self._transport
+        return transport is not None and self._sink is None and not transport.is_closing()
+
+    def send(self, sink: Sink, request: bytes) -> None:
+        """Send `request`, and hand the answer to `sink`."""
+        transport = self._transport
+        if transport is None:
+            raise RuntimeError("the connection is not made")
+        self._sink = sink
+        self._got_bytes = False
+        self._complete = False
+        transport.write(request)
+
+    def pause(self) -> None:
+        """Stop reading until `resume`: the client is slower than the replica."""
+        if self._transport is not None and not self._paused and not self._transport.is_closing():
+            self._paused = True
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        """Read again."""
+        if self._transport is not None and self._paused and not self._transport.is_closing():
+            self._transport.resume_reading()
+        self._paused = False
+
+    def abort(self) -> None:
+        """Close at once; an engine takes this for a cancellation. The sink hears no more."""
+        self._sink = None
+        if self._transport is not None:
+            self._transport.abort()
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep the transport: uvloop sets TCP_NODELAY, and its class is no asyncio.Transport."""
+        self._transport = cast("asyncio.Transport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse, then deliver once."""
+        sink = self._sink
+        if sink is None:
+            # Bytes that nobody asked for: the connection is out of step.
+            self.abort()
+            return
+        self._got_bytes = True
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self.abort()
+            sink.answer_lost(f"the replica's answer is not HTTP: {error}", stale=False)
+            return
+        if self._head_due:
+            self._head_due = False
+            sink.answer_started(
+                Head(self._status, self._content_type, self._retry_after, self._framed)
+            )
+        parts = self._parts
+        complete = self._complete
+        if not parts and not complete:
+            return
+        body = parts[0] if len(parts) == 1 else b"".join(parts)
+        parts.clear()
+        if self._sink is not sink:
+            return  # the sink gave up on hearing the head
+        if complete:
+            self._finish()
+        sink.answer_data(body, complete=complete)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Tell the sink: a body without framing is complete now, any other was cut."""
+        self._owner.gone(self)
+        sink = self._sink
+        self._sink = None
+        if sink is None:
+            return
+        if exc is None and self._status and not self._framed and self._got_bytes:
+            sink.answer_data(b"", complete=True)
+            return
+        stale = self._reused and not self._got_bytes
+        sink.answer_lost(str(exc) if exc else "the connection was closed", stale=stale)
+
+    # httptools' callbacks
+
+    def on_message_begin(self) -> None:
+        """Begin a new answer."""
+        self._status = 0
+        self._content_type = b""
+        self._retry_after = b""
+        self._framed = False
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Keep the few headers that matter."""
+        lowered = name.lower()
+        if lowered == b"content-type":
+            self._content_type = value
+        elif lowered in BOUNDARY_HEADERS:
+            self._framed = True
+        elif lowered == b"retry-after":
+            self._retry_after = value
+
+    def on_headers_complete(self) -> None:
+        """Note the head, unless it is an interim one."""
+        status = self._parser.get_status_code()
+        if status >= 200:
+            self._status = status
+            self._head_due = True
+
+    def on_body(self, body: bytes) -> None:
+        """Collect a piece of the body."""
+        self._parts.append(body)
+
+    def on_message_complete(self) -> None:
+        """Note the end of the answer."""
+        if self._status >= 200:
+            self._complete = True
+
+    def _finish(self) -> None:
+        self._sink = None
+        self._reused = True
+        self.resume()
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return
+        if self._parser.should_keep_alive():
+            self._owner.idle(self)
+        else:
+            transport.close()
