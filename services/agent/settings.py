@@ -32,6 +32,7 @@ class AgentSettings(CommonSettings, frozen=True, kw_only=True):
     max_replicas: int = 64
     """Most replicas this host takes."""
     admin_host: str = "127.0.0.1"
+    """Address of health and metrics."""
     admin_port: int = 0
     """Port of health and metrics; 0 takes any free port."""
     stop_engines_on_exit: bool = False
@@ -39,7 +40,9 @@ class AgentSettings(CommonSettings, frozen=True, kw_only=True):
     exit_drain_s: float = 30.0
     """With `stop_engines_on_exit`: seconds that requests in flight get to finish."""
     orders_interval_s: float = 0.5
+    """Seconds between two looks at the orders."""
     beat_interval_s: float = 1.0
+    """Seconds between heartbeats."""
     probe_interval_s: float = 5.0
     """Seconds between probes of an engine that answers."""
     probe_deadline_s: float = 4.0

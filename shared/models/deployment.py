@@ -39,13 +39,18 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """How one replica's engine is run."""
 
     kind: EngineKind = EngineKind.VLLM
+    """`vllm`, `sim` (simulated, no weights) or `external` (servers that run already)."""
     model: str = ""
     """Hub id or path of the weights; a relative path is resolved against the models file."""
     runner: str = "generate"
     """`generate` or `pooling` (embeddings, scores)."""
     max_model_len_tokens: int | None = None
+    """Context length: prompt and answer together; none takes the model's own."""
     dtype: str = "auto"
+    """Number format of weights and activations, as vLLM names it."""
     quantization: Quantization = Quantization.NONE
+    """`none` (what the checkpoint says), `awq`, `gptq`, `compressed-tensors`, `int8`, `fp8` or
+    `bitsandbytes`."""
     chat_template: str | None = None
     """Path of a Jinja template for models without one; relative as `model`."""
     max_num_seqs: int | None = None
@@ -53,6 +58,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     max_queued_requests: int = 512
     """The engine's own backstop: in-flight requests above it are rejected with 503."""
     kv_cache_memory_bytes: int | None = None
+    """Memory for the KV cache; none lets the engine take its share (128 MiB on a CPU)."""
     shutdown_timeout_s: int = 30
     """Seconds an engine gets to finish what is in flight after SIGTERM."""
     startup_timeout_s: int = 900
@@ -92,8 +98,11 @@ class ReplicaBounds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """How many replicas are wanted, and between which bounds `redmesh scale` may move that."""
 
     count: int = 1
+    """Replicas wanted when the model is first declared."""
     min: int = 0
+    """Least number that may be asked for."""
     max: int = 1024
+    """Largest number that may be asked for."""
 
 
 class RoutingSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -110,12 +119,14 @@ class RoutingSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     affinity_absolute: int = 0
     """An affinity candidate wins while its score is at most min + this, or min × the next."""
     affinity_relative: float = 1.0
+    """See `affinity_absolute`; 1 leaves the bound to that."""
 
 
 class DeploymentSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One model as the operator declares it."""
 
     name: str
+    """What clients call the model, and operators the deployment."""
     aliases: tuple[str, ...] = ()
     """Other names clients may use for the model, such as its hub id."""
     engine: EngineSpec = msgspec.field(default_factory=EngineSpec)
