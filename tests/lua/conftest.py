@@ -38,7 +38,7 @@ def backend(kind: str, servers: Servers) -> object:
         "valkey": servers.valkey,
         "cluster": servers.cluster,
         # fakeredis reads files when it is first used: not in the loop.
-        "fake": lambda: fakeredis.FakeRedis().ping(),
+        "fake": lambda: fakeredis.FakeRedis().set("used", 1),
     }
     return starts[kind]()
 

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
 from shared.models.deployment import Deployment, DeploymentSpec
 from shared.models.host import Host, Member, MemberKind
 from shared.models.order import Order, OrderAction
@@ -24,7 +26,11 @@ class Call:
     """One script that ran."""
 
     def __init__(
-        self, script: ScriptSpec, keys: Sequence[str | bytes], args: Sequence[Argument], reply: Any
+        self,
+        script: ScriptSpec,
+        keys: Sequence[str | bytes],
+        args: Sequence[Argument],
+        reply: list[Any],
     ) -> None:
         self.script = script
         self.keys = tuple(keys)
@@ -47,17 +53,17 @@ class Recorder(Connection):
 
     async def evalsha(
         self, script: ScriptSpec, keys: Sequence[str | bytes], args: Sequence[Argument]
-    ) -> Any:
+    ) -> Any:  # noqa: ANN401 - any reply
         """Run and remember."""
         reply = await super().evalsha(script, keys, args)
         self.calls.append(Call(script, keys, args, reply))
         return reply
 
 
-def replica(rid: str, **fields: Any) -> Replica:
+def replica(rid: str, **fields: object) -> Replica:
     """Make a PENDING record."""
-    values: dict[str, Any] = {"model": MODEL, "gen": 7, "state": ReplicaState.PENDING}
-    return Replica(**(values | {"rid": rid, "host": "h1", "revision": "abc"} | fields))
+    values = {"model": MODEL, "gen": 7, "state": "PENDING", "host": "h1", "revision": "abc"}
+    return msgspec.convert({**values, "rid": rid, **fields}, type=Replica)
 
 
 async def lead(registry: Registry, owner: str = "c1") -> Fence:
@@ -67,7 +73,7 @@ async def lead(registry: Registry, owner: str = "c1") -> Fence:
     return Fence(leading.epoch, owner)
 
 
-async def make_ready(registry: Registry, fence: Fence, *rids: str, **fields: Any) -> None:
+async def make_ready(registry: Registry, fence: Fence, *rids: str, **fields: object) -> None:
     """Create replicas and bring them to READY."""
     for rid in rids:
         record = replica(rid, **fields)

@@ -1,4 +1,4 @@
-"""Each script says in its header what it does; here the headers are held against the Python side."""
+"""Each script says in its header what it does; here the header is held against the Python side."""
 
 import re
 import shutil

@@ -1,8 +1,8 @@
 """Properties that every script has, proven by running all of them on real servers."""
 
 import asyncio
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import pytest
 import redis.asyncio
@@ -50,7 +50,7 @@ class Twice(Recorder):
 
     async def evalsha(
         self, script: ScriptSpec, keys: Sequence[str | bytes], args: Sequence[Argument]
-    ) -> Any:
+    ) -> Any:  # noqa: ANN401 - any reply
         """Run, run again, and compare the data."""
         reply = await super().evalsha(script, keys, args)
         before = await dump(self, self.keys)
@@ -105,7 +105,7 @@ async def test_only_declared_keys_are_touched(
     """Every key that a script touches is among its KEYS, by the server's own account."""
     recorder = Recorder.over(registry.connection)
     client = redis.asyncio.Redis(port=redis_server.port, protocol=2)
-    seen: list[dict[str, Any]] = []
+    seen: list[Mapping[str, Any]] = []
     async with client, client.monitor() as monitor:
         running = asyncio.ensure_future(tour(Registry.over(recorder, registry.keys)))
         while not (running.done() and any("END-OF-TOUR" in entry["command"] for entry in seen)):
@@ -113,7 +113,7 @@ async def test_only_declared_keys_are_touched(
                 await running
                 await registry.connection.command("ECHO", "END-OF-TOUR")
             async with asyncio.timeout(10):
-                seen.append(await monitor.next_command())
+                seen.append(cast("Mapping[str, Any]", await monitor.next_command()))
     declared: set[str] = set()
     touched = 0
     for entry in seen:
@@ -166,7 +166,7 @@ async def test_out_of_memory(servers: Servers) -> None:
 
 
 async def test_foreign_type(registry: Registry) -> None:
-    """A key of ours that holds a foreign type is reported with its name, before anything is done."""
+    """A key of ours that holds a foreign type is reported by name, before anything is done."""
     keys = registry.keys.model(MODEL)
     for name in ("ready", "cost", "nreq", "px"):
         key = keys.prefix + name

