@@ -14,8 +14,11 @@ from typing import Final
 import msgspec
 import psutil
 
-MARK: Final = "REDMESH_MESH_ID"
-"""Environment variable that marks the processes of one mesh."""
+MARK: Final = "MESH_OF_REDMESH_UP"
+"""Environment variable that marks the processes of one mesh.
+
+Not one of `REDMESH_*`: agents keep those, which are their own settings, from the engines.
+"""
 
 _CLOCK_SLACK_S: Final = 2.0
 """Start times are computed from the boot time, which moves a little when the clock is set."""
