@@ -112,7 +112,7 @@ async def member_pids(registry: Registry) -> dict[str, int]:
 
 async def leader(registry: Registry) -> str:
     """Read which controller leads; empty while none does."""
-    owner = await registry.connection.command("HGET", registry.keys.fleet.leader, "owner")
+    owner = await registry.connection.command("HGET", registry.keys.fleet.leader, "id")
     return owner.decode() if owner else ""
 
 
