@@ -7,7 +7,7 @@ table for them. The exchanges themselves decide what happens to a request.
 import asyncio
 from collections.abc import Callable, Sequence
 from random import Random
-from typing import TYPE_CHECKING, Final
+from typing import Final, Protocol
 
 from services.proxy.breaker import RedisBreaker
 from services.proxy.cost import OutputEstimate
@@ -20,9 +20,6 @@ from services.proxy.table import ModelTable, Tables, choose_least_own
 from services.proxy.waiting import WaitingRoom
 from shared.models.replica import ReplicaState
 
-if TYPE_CHECKING:
-    from services.proxy.exchange import Exchange
-
 POLL_S: Final = (0.025, 0.05)
 SWEEP_S: Final = 0.25
 RETRY_ALL_S: Final = 1.0
@@ -30,6 +27,25 @@ REASONS: Final = tuple(failure.value for failure in Failure)
 ENDED: Final = frozenset({ReplicaState.FAILED, ReplicaState.STOPPED})
 ENDED_GRACE_S: Final = 3.0
 """A stream of a replica that the table calls ended gets this long to prove the table wrong."""
+
+
+class Carried(Protocol):
+    """What a model needs of its exchanges: to end them by time, by the table, and at shutdown.
+
+    A protocol, because exchanges know their model, and two modules that name each other are one.
+    """
+
+    rid: str | None
+    gen: int
+
+    def expire(self, now_s: float) -> None:
+        """End it if its deadline has passed."""
+
+    def withdraw(self, grace_s: float) -> None:
+        """Its replica has ended: give it a little time to prove otherwise."""
+
+    def shut(self) -> None:
+        """End it now."""
 
 
 class Served:
@@ -49,7 +65,7 @@ class Served:
         self.room = WaitingRoom()
         self.output = OutputEstimate()
         self.budget = Budget(now_s)
-        self.exchanges: set[Exchange] = set()
+        self.exchanges: set[Carried] = set()
         self.finished_per_s = 0.0
         self._finished = 0
         self._rated_s = now_s
