@@ -64,6 +64,11 @@ _UNAVAILABLE: Final = (
     "NOREPLICAS",
     "BUSY ",
 )
+_FORBIDDEN_KINDS: Final = (
+    redis.exceptions.AuthenticationError,
+    redis.exceptions.AuthenticationWrongNumberOfArgsError,
+    redis.exceptions.NoPermissionError,
+)
 _FORBIDDEN: Final = (
     "NOAUTH",
     "WRONGPASS",
@@ -71,6 +76,14 @@ _FORBIDDEN: Final = (
     "invalid username-password",
     "Client sent AUTH",
 )
+
+TROUBLES: Final = (
+    redis.exceptions.RedisError,
+    redis.exceptions.RedisClusterException,
+    OSError,
+    TimeoutError,
+)
+"""All that the client library raises."""
 
 Argument = str | bytes | int
 
@@ -128,14 +141,14 @@ class Connection:
                 return await self._client.execute_command(
                     "EVAL", assembled.text, len(keys), *keys, *args
                 )
-        except (redis.exceptions.RedisError, OSError, TimeoutError) as error:
+        except TROUBLES as error:
             raise await self._mapped(error, script=script, key=_text(keys[0])) from error
 
     async def command(self, *parts: Argument) -> Any:  # noqa: ANN401 - a reply is what Redis says
         """Run one plain command."""
         try:
             return await self._client.execute_command(*parts)
-        except (redis.exceptions.RedisError, OSError, TimeoutError) as error:
+        except TROUBLES as error:
             key = _text(parts[1]) if len(parts) > 1 else ""
             raise await self._mapped(error, key=key) from error
 
@@ -162,7 +175,7 @@ class Connection:
         where = f"Redis at {self.shown_url}"
         if isinstance(error, (redis.exceptions.TimeoutError, TimeoutError)):
             return RegistryTimeoutError(f"{where} did not answer in time")
-        if isinstance(error, redis.exceptions.AuthenticationError) or _has(text, _FORBIDDEN):
+        if isinstance(error, _FORBIDDEN_KINDS) or _has(text, _FORBIDDEN):
             return RegistryRefusedError(
                 f"{where} refused us ({_reason(text)}): give user and password in "
                 "REDMESH_REDIS_URL, as redis://USER:PASSWORD@HOST:PORT/0, and let that user use "

@@ -13,11 +13,10 @@ from typing import Any, Final, cast
 
 import msgspec
 import redis.asyncio.client
-import redis.exceptions
 import structlog
 
 from shared.models.replica import Replica
-from shared.registry.connection import Connection
+from shared.registry.connection import TROUBLES, Connection
 from shared.registry.keys import Keys
 from shared.registry.results import text_of, whole_number
 
@@ -54,8 +53,11 @@ class Routes:
         self._keys = keys
         self._decoder = msgspec.json.Decoder(Replica)
 
-    async def hints(self) -> AsyncIterator[RouteHint | RoutesReset]:
-        """Yield hints for ever, and a RoutesReset after each (re)subscription."""
+    async def hints(self) -> AsyncGenerator[RouteHint | RoutesReset]:
+        """Yield hints for ever, and a RoutesReset after each (re)subscription.
+
+        Whoever stops listening closes the generator (`contextlib.aclosing`), which unsubscribes.
+        """
         lowest, highest = BACKOFF_S
         wait_s = lowest
         while True:
@@ -65,7 +67,7 @@ class Routes:
                     yield RoutesReset()
                     async for hint in self._read(subscription):
                         yield hint
-            except (redis.exceptions.RedisError, OSError, TimeoutError) as error:
+            except TROUBLES as error:
                 reason = await self._connection.mapped(error)
                 _log.warning("routes_subscription_lost", reason=str(reason))
             await asyncio.sleep(wait_s * random.uniform(0.8, 1.2))  # noqa: S311 - jitter only

@@ -1,11 +1,16 @@
 """A reserve costs the same at ten ready replicas and at a thousand, by the server's own clock."""
 
+import shutil
 import statistics
+from pathlib import Path
 
 import pytest
+import redis.asyncio
 
 from shared.registry import Registry
+from shared.registry.connection import Connection
 from shared.registry.ledger import Release, Reserve
+from shared.registry.library import ScriptLibrary, scripts_folder
 from tests.support.servers import RedisServer
 
 FEW, MANY = 10, 1000
@@ -42,25 +47,59 @@ async def cost_us(registry: Registry, server: RedisServer, model: str, batch: in
     return (seconds_in_scripts(server) - before) * 1e6 / BATCHES / batch
 
 
-@pytest.mark.parametrize("batch", [1, 16])
-async def test_reserve_cost(
-    registry: Registry, redis_server: RedisServer, capsys: pytest.CaptureFixture[str], batch: int
-) -> None:
-    """At 1,000 ready replicas a reserve costs at most twice what it costs at 10."""
+async def compare(
+    registry: Registry, server: RedisServer, batch: int
+) -> tuple[float, float, float]:
+    """Measure few and many replicas in turns: medians in microseconds, and their ratio."""
     await fill(registry, "few", FEW)
     await fill(registry, "many", MANY)
     rounds = [
         (
-            await cost_us(registry, redis_server, "few", batch),
-            await cost_us(registry, redis_server, "many", batch),
+            await cost_us(registry, server, "few", batch),
+            await cost_us(registry, server, "many", batch),
         )
         for _ in range(ROUNDS)
     ]
     few, many = (statistics.median(column) for column in zip(*rounds, strict=True))
     ratio = statistics.median(second / first for first, second in rounds)
+    return few, many, ratio
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+async def test_reserve_cost(
+    registry: Registry, redis_server: RedisServer, capsys: pytest.CaptureFixture[str], batch: int
+) -> None:
+    """At 1,000 ready replicas a reserve costs at most twice what it costs at 10."""
+    few, many, ratio = await compare(registry, redis_server, batch)
     with capsys.disabled():
         print(
             f"\nreserve + release, {batch} a batch, server time: {few:.1f} µs at {FEW} ready "
             f"replicas, {many:.1f} µs at {MANY}: ratio {ratio:.2f}"
         )
     assert ratio <= LIMIT
+
+
+async def test_a_scan_would_be_noticed(
+    registry: Registry, redis_server: RedisServer, scanning: ScriptLibrary
+) -> None:
+    """The measure tells a script that looks at every replica from one that does not."""
+    client = redis.asyncio.Redis(port=redis_server.port, driver_info=None)
+    connection = Connection(client, scanning)
+    try:
+        _, _, ratio = await compare(Registry.over(connection, registry.keys), redis_server, 16)
+    finally:
+        await connection.aclose()
+    assert ratio > LIMIT
+
+
+@pytest.fixture
+def scanning(tmp_path: Path) -> ScriptLibrary:
+    """Load the scripts with a choice that reads the whole ready set."""
+    folder = tmp_path / "lua"
+    shutil.copytree(scripts_folder(), folder)
+    path = folder / "lib" / "choose.lua"
+    text = path.read_text()
+    bounded = "ready, '0', string.format('%d', tries)"
+    assert bounded in text
+    path.write_text(text.replace(bounded, "ready, '0', '-1'"))
+    return ScriptLibrary.load(folder)
