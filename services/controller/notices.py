@@ -1,8 +1,8 @@
 """What operators should hear of the world's own changes: two readings → events. Pure.
 
-Actions tell their own events. These are about what others did: an agent made a replica READY, a
-host fell silent or came back, a rollout is complete. A notice may be missed when leadership moves;
-nothing depends on one.
+Actions tell their own events, and agents tell what becomes of their replicas. These are about the
+rest: a host joined, fell silent or came back, a rollout is complete, stored content does not parse.
+A notice may be missed when leadership moves; nothing depends on one.
 """
 
 from services.controller.draft import tell
@@ -34,28 +34,18 @@ def notice(before: World | None, now: World) -> list[Event]:
             events.append(tell("HostBack", subject, "its agent is heard again"))
     for model, view in sorted(now.models.items()):
         if model in before.models:
-            events.extend(_model(before.models[model], view))
+            events.extend(_rollout(before.models[model], view))
     return events
 
 
-def _model(before: ModelView, view: ModelView) -> list[Event]:
-    events: list[Event] = []
-    for rid, replica in sorted(view.replicas.items()):
-        old = before.replicas.get(rid)
-        if replica.state is ReplicaState.READY and (
-            old is None or old.state is not ReplicaState.READY
-        ):
-            took_s = (replica.since_ms - replica.gen) / 1000
-            fresh = old is None or old.state in {ReplicaState.PENDING, ReplicaState.STARTING}
-            message = f"in service after {took_s:.1f} s" if fresh else "in service again"
-            events.append(tell("ReplicaReady", f"replica/{rid}", f"{message} on {replica.host}"))
+def _rollout(before: ModelView, view: ModelView) -> list[Event]:
     name = view.deployment.spec.name
     revision = view.deployment.spec.revision()
     wanted = wanted_replicas(view.deployment)
     if _mixed(before, revision) and not _mixed(view, revision) and _ready(view) >= wanted > 0:
         message = f"all {_ready(view)} replicas run revision {revision}"
-        events.append(tell("RolledOut", f"deployment/{name}", message))
-    return events
+        return [tell("RolledOut", f"deployment/{name}", message)]
+    return []
 
 
 def _mixed(view: ModelView, revision: str) -> bool:

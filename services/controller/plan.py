@@ -114,19 +114,10 @@ def _write_spec(draft: Draft, view: ModelView) -> None:
 
 def _spec_event(view: ModelView, wanted: ModelSpec) -> Event | None:
     before, after = view.spec.desired_replicas, wanted.desired_replicas
-    changed = view.spec.generation != wanted.generation
-    if view.deployment.deleted:
-        told = ("DeploymentDeleted", "draining its replicas, then forgetting it")
-    elif view.spec.epoch is None:
-        told = ("DeploymentDeclared", f"{after} replicas wanted")
-    elif after != before:
-        kind = "ScaledUp" if after > before else "ScaledDown"
-        told = (kind, f"from {before} to {after} replicas")
-    else:
-        told = ("DeploymentChanged", f"now revision {view.deployment.spec.revision()}")
-    if not changed and after == before and view.spec.epoch is not None:
+    if before == after or view.spec.epoch is None or view.deployment.deleted:
         return None
-    return tell(told[0], f"deployment/{wanted.model}", told[1])
+    kind = "ScaledUp" if after > before else "ScaledDown"
+    return tell(kind, f"deployment/{wanted.model}", f"from {before} to {after} replicas")
 
 
 def _tune(draft: Draft, view: ModelView) -> None:

@@ -36,9 +36,10 @@ def scale(draft: Draft, model: str, wanted: int) -> None:
     room = wanted + SURGE - len(living)
     backoff = assess_failures(draft, model, revision)
     if missing > 0 and room > 0 and may_create(draft, view, backoff):
-        reason = _why(draft, view, living, good, backoff)
-        for _ in range(min(missing, room)):
-            if not create(draft, view.deployment.spec, "", f"{reason} ({wanted} wanted)"):
+        reason = _why(view, living, good, backoff)
+        for number in range(min(missing, room)):
+            which = f"{reason}, {len(good) + number + 1} of {wanted}"
+            if not create(draft, view.deployment.spec, "", which):
                 break
 
 
@@ -157,9 +158,7 @@ def _why_go(draft: Draft, replica: Replica) -> str:
     return "replaced by a newer revision"
 
 
-def _why(
-    draft: Draft, view: ModelView, living: list[Replica], good: list[Replica], backoff: Backoff
-) -> str:
+def _why(view: ModelView, living: list[Replica], good: list[Replica], backoff: Backoff) -> str:
     revision = view.deployment.spec.revision()
     leaving = [replica for replica in living if replica not in good]
     if any(replica.revision != revision for replica in leaving):
@@ -168,6 +167,4 @@ def _why(
         return f"taking over from {leaving[0].rid}, which an operator drains"
     if backoff.rounds:
         return "replacing a failed replica"
-    if any(r.state is ReplicaState.DRAINING for r in draft.replicas(view.deployment.spec.name)):
-        return "replacing a draining replica"
-    return f"replica {len(good) + 1}"
+    return "replica"
