@@ -40,6 +40,7 @@ help: ## Print this list
 
 .PHONY: demo
 demo: setup $(if $(filter sim,$(ENGINE)),,engine) ## Serve MODELS behind two proxies (ENGINE=sim: at once, without vLLM)
+	@deploy/bootstrap/system.sh demo || echo "going on: only the commands printed below want them"
 	@exec $(BIN)/redmesh up --models $(MODELS) --engine $(ENGINE) $(UP)
 
 .PHONY: down

@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# Sees to what the engine or the tests need from the system: installs what is missing where we are
-# root on Debian, else says what to install. Nothing is ever skipped for want of it.
-# Usage: system.sh engine|tests
+# Sees to what the demo, the engine or the tests need from the system: installs what is missing
+# where we are root on Debian, else says what to install. Nothing is ever skipped for want of it.
+# Usage: system.sh demo|engine|tests
 set -euo pipefail
 . "$(dirname "$0")/common.sh"
 PATH="$PATH:/usr/sbin:/sbin"
 
 # Each line: what must be there (a program, or a library by its file name), and its Debian package.
 case "${1:-}" in
+demo) needed=(curl:curl redis-cli:redis-tools) ;;
 engine) needed=(libnuma.so.1:libnuma1) ;; # vLLM's CPU kernels are linked with it
 tests) needed=(redis-server:redis-server luacheck:lua-check) ;;
-*) die "usage: system.sh engine|tests" ;;
+*) die "usage: system.sh demo|engine|tests" ;;
 esac
 
 is_there() {
