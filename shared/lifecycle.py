@@ -9,11 +9,17 @@ import asyncio
 import contextlib
 import signal
 from collections.abc import Awaitable, Callable, Coroutine, Generator
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import structlog
 
+CANCEL_AGAIN_S: Final = 0.5
+"""How long a cancelled loop gets to end before it is cancelled again."""
+
 _log = structlog.get_logger(__name__)
+
+CANCEL_AGAIN_S: Final = 1.0
+"""How long a loop may take to clean up after its cancellation before it is cancelled again."""
 
 
 class Loops:
@@ -28,10 +34,12 @@ class Loops:
         return self
 
     async def __aexit__(self, *_exc: object) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._tasks.clear()
+        # A library may swallow one cancellation: before Python 3.12, asyncio.wait_for does so
+        # when what it waits for is just done. So whoever goes on is told again.
+        while tasks := list(self._tasks):
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks, timeout=CANCEL_AGAIN_S)
         if self._failure is not None and self._failure.done():
             self._failure.exception()
 

@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 import os
 import signal
 
@@ -24,6 +25,46 @@ async def test_leaving_cancels_and_awaits_every_loop() -> None:
         await started.wait()
     assert ended.is_set()
     assert task.done()
+
+
+async def test_a_loop_that_swallows_a_cancellation_ends_too() -> None:
+    """A cancellation lost inside a library is repeated, so that no loop outlives its owner."""
+    started = asyncio.Event()
+    swallowed: list[str] = []
+
+    async def body() -> None:
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            swallowed.append("once")
+        await asyncio.Event().wait()
+
+    async with Loops() as loops:
+        task = loops.start("stubborn", body())
+        await started.wait()
+    assert swallowed == ["once"]
+    assert task.cancelled()
+
+
+async def test_a_loop_that_swallows_a_cancellation_is_cancelled_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A library that loses one cancellation cannot keep a service from ending."""
+    monkeypatch.setattr("shared.lifecycle.CANCEL_AGAIN_S", 0.01)
+    started = asyncio.Event()
+
+    async def body() -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            started.set()
+            await asyncio.Event().wait()
+        await asyncio.Event().wait()
+
+    async with asyncio.timeout(5):
+        async with Loops() as loops:
+            task = loops.start("body", body())
+            await started.wait()
+    assert task.cancelled()
 
 
 async def test_a_failed_loop_brings_the_service_down() -> None:
