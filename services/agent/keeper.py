@@ -248,6 +248,8 @@ class Keeper:
             )
         )
 
+        self.wake.set()
+
     def _keep(self, engine: Engine) -> None:
         self.engines[engine.order.rid] = engine
         self._loops.start(f"engine {engine.order.rid}", engine.run())
