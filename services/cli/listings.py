@@ -96,7 +96,7 @@ async def replicas(registry: Registry, only: str | None) -> Listing:
             records.append({"rid": rid, "model": model, "corrupt": True})
             rows.append((rid, model, "does not parse", "", "", "", ""))
     return Listing(
-        columns=("REPLICA", "MODEL", "STATE", "FOR", "HOST", "REQUESTS", "ADDRESS"),
+        columns=("REPLICA", "MODEL", "STATE", "FOR", "HOST", "REQ", "ADDRESS"),
         rows=rows,
         records=records,
         empty="no replicas",

@@ -6,6 +6,7 @@ from collections.abc import Generator
 
 from rich.console import Console
 from rich.status import Status
+from rich.text import Text
 
 
 class Shower:
@@ -21,7 +22,7 @@ class Shower:
         """Show the present state."""
         if self._status is not None:
             elapsed_s = time.monotonic() - self._began_s
-            self._status.update(f"{text} [dim]({elapsed_s:.0f} s)[/dim]")
+            self._status.update(Text(f"{text} ({elapsed_s:.0f} s)"))
         elif text != self._last:
             self.say(text)
         self._last = text

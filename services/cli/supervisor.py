@@ -144,9 +144,12 @@ class Supervisor:
         await keeper
 
     def _changed(self) -> None:
-        self._on_change(
-            {child.spec.name: child.process.pid for child in self._children if child.process}
-        )
+        pids = {child.spec.name: child.process.pid for child in self._children if child.process}
+        try:
+            self._on_change(pids)
+        except OSError as error:
+            # A full disk must not end the supervisor: its children would be orphans.
+            _log.error("children_not_recorded", error=str(error))
 
 
 async def _ended(keeper: asyncio.Task[None], hurry: asyncio.Event, timeout_s: float) -> None:
