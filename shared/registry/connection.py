@@ -10,9 +10,10 @@ has its own deadline and its own fallback.
 """
 
 import asyncio
+import contextlib
 import re
-from collections.abc import Sequence
-from typing import Any, Final, Protocol, cast
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final, Protocol, TypeVar, cast
 from urllib.parse import urlsplit
 
 import redis.asyncio
@@ -37,6 +38,7 @@ from shared.settings import CommonSettings
 
 HOT_TIMEOUT_S: Final = 0.25
 TIMEOUT_S: Final = 2.0
+START_ATTEMPTS: Final = 8
 HOT_CONNECTIONS: Final = 8
 CONNECTIONS: Final = 16
 SCHEMA_VERSION: Final = 1
@@ -86,6 +88,8 @@ TROUBLES: Final = (
 """All that the client library raises."""
 
 Argument = str | bytes | int
+
+T = TypeVar("T")
 
 
 class Evaluator(Protocol):
@@ -224,7 +228,7 @@ async def connect(settings: CommonSettings, *, hot: bool = False, prove: bool = 
     if not prove:
         return connection
     try:
-        await connection.ping()
+        await patiently(connection.ping)
     except RegistryUnavailableError as error:
         await connection.aclose()
         raise RegistryUnavailableError(
@@ -252,6 +256,14 @@ async def check_schema(connection: Connection, keys: Keys) -> int:
         f"{keys.fleet.schema}), and this release works with {lowest} to {highest}: use the release "
         "that wrote it, another Redis database, or another REDMESH_KEY_PREFIX"
     )
+
+
+async def patiently(act: Callable[[], Awaitable[T]]) -> T:
+    """Do something at start, where a busy machine deserves more time than the hot path gives."""
+    for _ in range(START_ATTEMPTS - 1):
+        with contextlib.suppress(RegistryTimeoutError):
+            return await act()
+    return await act()
 
 
 def shown_url(url: str) -> str:
@@ -282,6 +294,9 @@ def _client(url: str, *, hot: bool) -> "redis.asyncio.Redis | RedisCluster":
         "decode_responses": False,
         "max_connections": HOT_CONNECTIONS if hot else CONNECTIONS,
         "retry": retry,
+        # RESP3 turns on maintenance notifications, with which the client library hands out
+        # connections that the server has closed: after a restart each would fail once.
+        "protocol": 2,
         # Else the client library reads its own package metadata from disk for each connection.
         "driver_info": None,
     }

@@ -65,6 +65,8 @@ class ScriptLibrary:
             for path in root.glob("*/*.lua")
             if path.parent.name != "lib"
         )
+        if not names:
+            raise FileNotFoundError(f"no Lua scripts in {root}: install redmesh again")
         return cls({name: assemble(root, name) for name in names})
 
 

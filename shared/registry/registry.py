@@ -4,7 +4,7 @@ from typing import Self
 
 import msgspec
 
-from shared.registry.connection import Connection, check_schema, connect
+from shared.registry.connection import Connection, check_schema, connect, patiently
 from shared.registry.fleet import Fleet
 from shared.registry.keys import Keys
 from shared.registry.leadership import Leadership
@@ -59,7 +59,7 @@ async def open_registry(
     connection = await connect(settings, hot=hot, prove=prove)
     try:
         if prove:
-            await check_schema(connection, keys)
+            await patiently(lambda: check_schema(connection, keys))
     except BaseException:
         await connection.aclose()
         raise

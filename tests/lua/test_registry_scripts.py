@@ -5,6 +5,7 @@ import pytest
 
 from shared.errors import InvalidInputError
 from shared.models.deployment import Deployment, DeploymentSpec
+from shared.models.event import Event, EventLevel
 from shared.models.host import Hold, Host, Member, MemberKind
 from shared.models.order import Order, OrderAction
 from shared.models.replica import TRANSITIONS, ReplicaState
@@ -381,3 +382,19 @@ async def test_heartbeats(door: Registry) -> None:
     assert (stat.running, stat.waiting, stat.kv_usage) == (3, 1, 1.0)
     assert pulse.beats_ms["r0"] == stat.at_ms <= pulse.now_ms
     assert abs(await door.replicas.server_time_ms() - pulse.now_ms) < 60_000
+
+
+async def test_events(door: Registry) -> None:
+    """Events are read newest or from a place on, oldest first; foreign entries are left out."""
+    assert await door.fleet.events(5) == []
+    for number in range(4):
+        event = Event(kind="Tested", subject=f"replica/r{number}", message="é", at_ms=number)
+        await door.fleet.emit(event)
+    await door.connection.command("XADD", door.keys.fleet.events, "*", "foreign", "x")
+    await door.fleet.emit(Event(kind="Last", subject="x", message="", level=EventLevel.ERROR))
+    newest = await door.fleet.events(4)
+    assert [event.subject for event in newest] == ["replica/r2", "replica/r3", "x"]
+    assert (newest[0].message, newest[0].at_ms, newest[2].level) == ("é", 2, "error")
+    assert newest[2].at_ms > 1_600_000_000_000
+    later = await door.fleet.events(2, after_id=newest[0].id)
+    assert [event.subject for event in later] == ["replica/r3"]

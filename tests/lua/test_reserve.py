@@ -246,3 +246,16 @@ async def test_large_reap_ends(door: Registry) -> None:
         assert reply.dropped == min(100, left)
         left = reply.left
     assert await door.ledger.totals(MODEL) == {"*": (0, 0)}
+
+
+async def test_batches_are_bounded(door: Registry) -> None:
+    """A batch of 65 is the caller's error; of too many candidates or exclusions some are used."""
+    with pytest.raises(ValueError, match="64"):
+        await door.ledger.batch(MODEL, "p1", [Release("a")] * 65)
+    await make_ready(door, await lead(door), "r0", "r1")
+    tried = tuple(f"x{n}" for n in range(40))
+    ops = [
+        Reserve("a", 1, 0, affinity=("r1", *tried)),
+        Reserve("b", 1, 0, exclude=(*tried, "r0", "r1")),
+    ]
+    assert (await door.ledger.batch(MODEL, "p1", ops * 32)).results == ["r1", NONE] * 32

@@ -129,6 +129,30 @@ async def test_hung_server(servers: Servers) -> None:
     server.kill()
 
 
+async def test_slow_server_at_start(servers: Servers) -> None:
+    """At start a server that is slow for a second does not fail the hot path's short timeout."""
+    server = servers.new()
+    server.command("CLIENT", "PAUSE", 800, "ALL")
+    registry = await open_registry(settings(server.url), hot=True)
+    await registry.connection.ping()
+    await registry.aclose()
+    server.kill()
+
+
+async def test_restarted_server(servers: Servers) -> None:
+    """After a restart of the server the hot path works again at the first try."""
+    server = servers.new()
+    connection = await connect(settings(server.url), hot=True)
+    await asyncio.gather(*(connection.ping() for _ in range(20)))
+    await asyncio.to_thread(server.kill)
+    with pytest.raises(RegistryUnavailableError):
+        await connection.ping()
+    await asyncio.to_thread(server.start)
+    await asyncio.gather(*(connection.ping() for _ in range(20)))
+    await connection.aclose()
+    server.kill()
+
+
 async def test_exhausted_pool(servers: Servers) -> None:
     """More calls at once than connections wait for their turn; none is lost."""
     connection = await connect(settings(servers.redis().url), hot=True)
