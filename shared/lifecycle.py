@@ -18,9 +18,6 @@ CANCEL_AGAIN_S: Final = 0.5
 
 _log = structlog.get_logger(__name__)
 
-CANCEL_AGAIN_S: Final = 1.0
-"""How long a loop may take to clean up after its cancellation before it is cancelled again."""
-
 
 class Loops:
     """Background tasks of one service, owned together. Use as an async context manager."""

@@ -1,5 +1,4 @@
 import asyncio
-import contextlib
 import os
 import signal
 
@@ -44,26 +43,6 @@ async def test_a_loop_that_swallows_a_cancellation_ends_too() -> None:
         task = loops.start("stubborn", body())
         await started.wait()
     assert swallowed == ["once"]
-    assert task.cancelled()
-
-
-async def test_a_loop_that_swallows_a_cancellation_is_cancelled_again(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A library that loses one cancellation cannot keep a service from ending."""
-    monkeypatch.setattr("shared.lifecycle.CANCEL_AGAIN_S", 0.01)
-    started = asyncio.Event()
-
-    async def body() -> None:
-        with contextlib.suppress(asyncio.CancelledError):
-            started.set()
-            await asyncio.Event().wait()
-        await asyncio.Event().wait()
-
-    async with asyncio.timeout(5):
-        async with Loops() as loops:
-            task = loops.start("body", body())
-            await started.wait()
     assert task.cancelled()
 
 
