@@ -4,6 +4,7 @@ The body is decoded once, into the few fields that routing needs; all others pas
 byte for byte. Only a path-addressed call is rewritten: its model is set, everything else stays.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, Final
@@ -143,7 +144,10 @@ def text_request(model: str, body: bytes, query: bytes) -> bytes:
                 refusals.bad_field(name[:64], f"unknown query parameter; there are: {allowed}")
             )
         try:
-            request[name] = kind(value)
+            number = kind(value)
+            if not math.isfinite(number):
+                raise ValueError(value)  # noqa: TRY301 - JSON has no such numbers: as if no number
+            request[name] = number
         except ValueError:
             wanted = "a whole number" if kind is int else "a number"
             raise RefusedError(

@@ -64,6 +64,7 @@ class Connection(asyncio.Protocol):
         "_framed",
         "_got_bytes",
         "_head_due",
+        "_keep_alive",
         "_owner",
         "_parser",
         "_parts",
@@ -87,6 +88,7 @@ class Connection(asyncio.Protocol):
         self._retry_after = b""
         self._framed = False
         self._head_due = False
+        self._keep_alive = False
         self._complete = False
         self._got_bytes = False
         self._reused = False
@@ -211,6 +213,8 @@ class Connection(asyncio.Protocol):
         """Note the end of the answer."""
         if self._status >= 200:
             self._complete = True
+            # Asked here: once this callback returns, the parser has forgotten the answer.
+            self._keep_alive = self._parser.should_keep_alive()
 
     def _finish(self) -> None:
         self._sink = None
@@ -219,7 +223,7 @@ class Connection(asyncio.Protocol):
         transport = self._transport
         if transport is None or transport.is_closing():
             return
-        if self._parser.should_keep_alive():
+        if self._keep_alive:
             self._owner.idle(self)
         else:
             transport.close()

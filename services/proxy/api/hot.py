@@ -37,12 +37,17 @@ Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 JSON: Final = "application/json"
 TEXT: Final = "text/plain"
+DISCARD_S: Final = 2.0
 
 _log = structlog.get_logger(__name__)
 
 
 class _GoneError(Exception):
     """The client left before its request was read."""
+
+
+class _TooLargeError(Exception):
+    """The body is over the limit, and perhaps not at its end."""
 
 
 class _Head:
@@ -189,14 +194,21 @@ class HotRoutes:
     async def _body(self, head: _Head, receive: Receive) -> bytes:
         limit = self._settings.max_body_bytes
         if head.length > limit:
+            await self._discard(receive)
             raise RefusedError(refusals.body_too_large(limit))
         # Nearly always the body came with the head, and this does not wait.
         message, rest = begin(_received(receive))
         if rest is None and message is not None and not message.get("more_body"):
-            return _body_of(message, limit)
+            body = _body_of(message)
+            if len(body) > limit:
+                raise RefusedError(refusals.body_too_large(limit))
+            return body
         try:
             async with asyncio.timeout(self._settings.body_timeout_s):
                 return await self._slow_body(message, rest, receive, limit)
+        except _TooLargeError:
+            await self._discard(receive)
+            raise RefusedError(refusals.body_too_large(limit)) from None
         except TimeoutError:
             raise RefusedError(refusals.body_too_slow(self._settings.body_timeout_s)) from None
 
@@ -213,14 +225,27 @@ class HotRoutes:
             if message is None:
                 message = await rest if rest is not None else await receive()
                 rest = None
-            part = _body_of(message, limit)
+            part = _body_of(message)
             size += len(part)
             if size > limit:
-                raise RefusedError(refusals.body_too_large(limit))
+                raise _TooLargeError
             parts.append(part)
             if not message.get("more_body"):
                 return b"".join(parts)
             message = None
+
+    async def _discard(self, receive: Receive) -> None:
+        """Read on for a moment: a client that is cut off while it sends never sees the answer."""
+        left_bytes = self._settings.max_body_bytes
+        try:
+            async with asyncio.timeout(DISCARD_S):
+                while left_bytes > 0:
+                    message: Any = await receive()
+                    left_bytes -= len(_body_of(message))
+                    if not message.get("more_body"):
+                        return
+        except TimeoutError:
+            return
 
     async def _refuse(
         self, send: Send, refusal: Refusal, request_id: bytes, dialect: Dialect
@@ -269,10 +294,8 @@ async def _received(receive: Receive) -> Any:  # noqa: ANN401 - an ASGI message
     return await receive()
 
 
-def _body_of(message: Any, limit: int) -> bytes:  # noqa: ANN401 - an ASGI message
+def _body_of(message: Any) -> bytes:  # noqa: ANN401 - an ASGI message
     if message["type"] == "http.disconnect":
         raise _GoneError
     body: bytes = message.get("body", b"")
-    if len(body) > limit:
-        raise RefusedError(refusals.body_too_large(limit))
     return body

@@ -4,6 +4,7 @@ from typing import Any
 
 from litestar import Response, get
 from litestar.handlers import HTTPRouteHandler
+from litestar.params import FromPath
 
 from services.proxy import refusals
 from services.proxy.inbound import request_id_of
@@ -20,8 +21,8 @@ def model_routes(fleet: Fleet) -> list[HTTPRouteHandler]:
         return {"object": "list", "data": [_described(table) for table in fleet.tables.models()]}
 
     @get("/v1/models/{model:path}", sync_to_thread=False, summary="One model", tags=["models"])
-    def get_model(model: str) -> Response[Any]:
-        name = str(model).strip("/")
+    def get_model(model: FromPath[str]) -> Response[Any]:
+        name = model.strip("/")
         table = fleet.tables.resolve(name)
         if table is None:
             known = [known.model for known in fleet.tables.models()]
