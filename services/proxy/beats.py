@@ -93,6 +93,11 @@ class Beats:
             self._fleet.saw_version(served.model)
         if breaker.open:
             return
+        await self._keep_true(served, beat, now_s)
+
+    async def _keep_true(self, served: Served, beat: Beat, now_s: float) -> None:
+        """Compare and repair where the beat says that something may be wrong."""
+        reservations = served.reservations
         drift = beat.leases - len(reservations.live)
         known_drift = 0 if abs(drift) <= len(reservations.unsettled) else drift
         self._metrics.drift.labels(served.model).set(known_drift)

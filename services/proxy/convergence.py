@@ -136,7 +136,7 @@ class Convergence:
         while True:
             await asyncio.sleep(KEEP_S)
             content = self._tables.store()
-            if content == self._kept or content == b"{}":
+            if content in {self._kept, b"{}"}:
                 continue
             try:
                 await asyncio.to_thread(file.write, content)

@@ -12,12 +12,12 @@ is set; a holding exists exactly from the ledger's answer to `_let_go`.
 import asyncio
 from collections.abc import Callable
 from enum import Enum
-from typing import TYPE_CHECKING
 
 import structlog
 
 from services.proxy import refusals
 from services.proxy.admission import hold_s, may_wait, retry_after_s
+from services.proxy.inbound import Inbound
 from services.proxy.pool import Endpoint
 from services.proxy.refusals import Refusal
 from services.proxy.relay import Relay, Step
@@ -30,13 +30,10 @@ from services.proxy.retry import (
     Verdict,
     decide,
 )
+from services.proxy.serving import Fleet, Served
 from services.proxy.upstream import Connection, Head
 from shared.ids import new_request_id
 from shared.registry.ledger import BUSY, NONE
-
-if TYPE_CHECKING:
-    from services.proxy.inbound import Inbound
-    from services.proxy.serving import Fleet, Served
 
 _log = structlog.get_logger(__name__)
 
@@ -90,9 +87,9 @@ class Exchange:
 
     def __init__(
         self,
-        fleet: "Fleet",
-        served: "Served",
-        inbound: "Inbound",
+        fleet: Fleet,
+        served: Served,
+        inbound: Inbound,
         relay: Relay,
         cut_client: Callable[[], None],
     ) -> None:

@@ -24,7 +24,9 @@ MAX_IDLE: Final = 1024
 class Endpoint:
     """Where and how one incarnation of a replica is reached."""
 
-    def __init__(self, replica: Replica, key: str, *, idle_s: float, connect_timeout_s: float):
+    def __init__(
+        self, replica: Replica, key: str, *, idle_s: float, connect_timeout_s: float
+    ) -> None:
         parts = urlsplit(replica.url)
         self.rid = replica.rid
         self.gen = replica.gen

@@ -60,74 +60,86 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
+class LimitedProtocol(HttpToolsProtocol):
+    """uvicorn's protocol, with the head of a request bounded in size and in time."""
+
+    limits: ProxySettings
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - uvicorn's own
+        super().__init__(*args, **kwargs)
+        self._head_bytes = 0
+        self._too_large = False
+        self.head_since_s: float | None = None
+        self.closing_since_s: float | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin to wait for a head."""
+        super().connection_made(cast("asyncio.Transport", transport))
+        self.head_since_s = self.loop.time()
+
+    def on_message_begin(self) -> None:
+        """Begin to measure a head."""
+        super().on_message_begin()
+        self._head_bytes = 0
+        if self.head_since_s is None:
+            self.head_since_s = self.loop.time()
+
+    def on_url(self, url: bytes) -> None:
+        """Measure, then parse."""
+        self._grow(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Measure, then parse."""
+        self._grow(len(name) + len(value) + 4)
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """Stop waiting for the head."""
+        self.head_since_s = None
+        super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - ours says more
+        """Refuse in our own shape."""
+        status = 431 if self._too_large else 400
+        refusal = Refusal(
+            status=status,
+            message=f"the request's head is larger than {self.limits.max_header_bytes} bytes"
+            if self._too_large
+            else "this is not an HTTP/1.1 request",
+            code="head_too_large" if self._too_large else "bad_request",
+        )
+        body = refusal.body()
+        self.transport.write(
+            b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\n"
+            b"connection: close\r\n\r\n%s"
+            % (status, HTTPStatus(status).phrase.encode(), len(body), body)
+        )
+        self.transport.close()
+
+    def overdue(self, now_s: float) -> bool:
+        """Tell whether the head has been awaited for too long, or the end has."""
+        if self.transport.is_closing():
+            if self.closing_since_s is None:
+                self.closing_since_s = now_s
+            return now_s - self.closing_since_s > LINGER_S
+        since_s = self.head_since_s
+        return since_s is not None and now_s - since_s > self.limits.header_timeout_s
+
+    def _grow(self, size: int) -> None:
+        self._head_bytes += size
+        if self._head_bytes > self.limits.max_header_bytes:
+            self._too_large = True
+            raise _HeadTooLargeError
+
+
 def protocol_class(settings: ProxySettings) -> type[asyncio.Protocol]:
     """Make uvicorn's protocol with the limits of `settings`."""
 
-    class LimitedProtocol(HttpToolsProtocol):
-        """Bounds the head of a request in size and in time."""
+    class SettingsProtocol(LimitedProtocol):
+        limits = settings
 
-        def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - uvicorn's own
-            super().__init__(*args, **kwargs)
-            self._head_bytes = 0
-            self._too_large = False
-            self.head_since_s: float | None = None
-            self.closing_since_s: float | None = None
-
-        def connection_made(self, transport: asyncio.BaseTransport) -> None:
-            super().connection_made(cast("asyncio.Transport", transport))
-            self.head_since_s = self.loop.time()
-
-        def on_message_begin(self) -> None:
-            super().on_message_begin()
-            self._head_bytes = 0
-            if self.head_since_s is None:
-                self.head_since_s = self.loop.time()
-
-        def on_url(self, url: bytes) -> None:
-            self._grow(len(url))
-            super().on_url(url)
-
-        def on_header(self, name: bytes, value: bytes) -> None:
-            self._grow(len(name) + len(value) + 4)
-            super().on_header(name, value)
-
-        def on_headers_complete(self) -> None:
-            self.head_since_s = None
-            super().on_headers_complete()
-
-        def send_400_response(self, msg: str) -> None:
-            status = 431 if self._too_large else 400
-            refusal = Refusal(
-                status=status,
-                message=f"the request's head is larger than {settings.max_header_bytes} bytes"
-                if self._too_large
-                else "this is not an HTTP/1.1 request",
-                code="head_too_large" if self._too_large else "bad_request",
-            )
-            body = refusal.body()
-            self.transport.write(
-                b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\n"
-                b"connection: close\r\n\r\n%s"
-                % (status, HTTPStatus(status).phrase.encode(), len(body), body)
-            )
-            self.transport.close()
-
-        def overdue(self, now_s: float) -> bool:
-            """Tell whether the head has been awaited for too long, or the end has."""
-            if self.transport.is_closing():
-                if self.closing_since_s is None:
-                    self.closing_since_s = now_s
-                return now_s - self.closing_since_s > LINGER_S
-            since_s = self.head_since_s
-            return since_s is not None and now_s - since_s > settings.header_timeout_s
-
-        def _grow(self, size: int) -> None:
-            self._head_bytes += size
-            if self._head_bytes > settings.max_header_bytes:
-                self._too_large = True
-                raise _HeadTooLargeError
-
-    return LimitedProtocol
+    return SettingsProtocol
 
 
 class Server(uvicorn.Server):

@@ -53,7 +53,7 @@ class Service:
         self._calm = calm
         self._clock = SystemClock()
         self._draining = False
-        source = random.Random()
+        source = random.Random()  # noqa: S311 - for ties and jitter, not for secrets
         self._metrics = Metrics()
         self._convergence = Convergence(
             tables=tables,

@@ -6,7 +6,7 @@ says so, so that a cut answer is never taken for a whole one.
 """
 
 import asyncio
-from typing import Final, NamedTuple, Protocol, cast, cast
+from typing import Final, NamedTuple, Protocol, cast
 
 import httptools
 

@@ -106,9 +106,11 @@ class HotRoutes:
         act: Callable[[HTTPScope, _Head, Receive, Send, Route], Awaitable[None]],
     ) -> None:
         head = _Head(scope["headers"])
+        if scope["method"] != "POST":
+            refusal = refusals.wrong_method(scope["method"], "POST")
+            await self._refuse(send, refusal, head.request_id, route.dialect)
+            return
         try:
-            if scope["method"] != "POST":
-                raise RefusedError(refusals.wrong_method(scope["method"], "POST"))
             await act(scope, head, receive, send, route)
         except RefusedError as error:
             await self._refuse(send, error.refusal, head.request_id, route.dialect)

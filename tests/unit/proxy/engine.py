@@ -29,7 +29,7 @@ class Exchanged:
         self.writer = writer
 
     @property
-    def json(self) -> Any:
+    def json(self) -> dict[str, Any]:
         """The body, decoded."""
         return json.loads(self.body)
 

@@ -27,7 +27,7 @@ from tests.unit.proxy.engine import Engine
 MODEL = "demo"
 
 
-def replica(rid: str, url: str, **fields: Any) -> Replica:
+def replica(rid: str, url: str, **fields: object) -> Replica:
     """Make the record of a READY replica."""
     base = Replica(
         rid=rid,
@@ -42,7 +42,7 @@ def replica(rid: str, url: str, **fields: Any) -> Replica:
     return msgspec.structs.replace(base, **fields)
 
 
-def deployment(name: str = MODEL, replicas: int = 1, **fields: Any) -> Deployment:
+def deployment(name: str = MODEL, replicas: int = 1, **fields: object) -> Deployment:
     """Make a declared model."""
     spec = DeploymentSpec(
         name=name, aliases=("org/Demo-1B",), engine=EngineSpec(kind=EngineKind.SIM)
@@ -51,7 +51,7 @@ def deployment(name: str = MODEL, replicas: int = 1, **fields: Any) -> Deploymen
 
 
 def snapshot(
-    replicas: Sequence[Replica], ver: int = 10, *, epoch: int | None = 1, **spec: Any
+    replicas: Sequence[Replica], ver: int = 10, *, epoch: int | None = 1, **spec: object
 ) -> Snapshot:
     """Make a snapshot of the model."""
     base = ModelSpec(
@@ -155,10 +155,10 @@ class Rig:
     """A running proxy before some engines. Use as an async context manager."""
 
     def __init__(
-        self, *engines: Engine, spec: Mapping[str, Any] | None = None, **settings: Any
+        self, *engines: Engine, spec: Mapping[str, Any] | None = None, **settings: object
     ) -> None:
-        defaults: dict[str, Any] = {"fleet_secret": Secret("fleet"), "port": 0}
-        self.settings = ProxySettings(**(defaults | settings))
+        base = ProxySettings(fleet_secret=Secret("fleet"), port=0)
+        self.settings = msgspec.structs.replace(base, **settings)
         self.engines = engines
         self.spec = dict(spec or {})
         self.tables = Tables()
@@ -245,7 +245,7 @@ class Rig:
         spec = {"desired_replicas": max(1, len(self.replicas)), **self.spec}
         return snapshot(self.replicas, self.ver, **spec)
 
-    async def chat(self, *, stream: bool = False, **fields: Any) -> httpx.Response:
+    async def chat(self, *, stream: bool = False, **fields: object) -> httpx.Response:
         """Send a chat request and read the whole answer."""
         return await self.http.post("/v1/chat/completions", json=chat(stream=stream, **fields))
 
@@ -270,7 +270,7 @@ class Rig:
         return self.fleet.in_flight() == 0 and not self.ledger.held
 
 
-def chat(*, stream: bool = False, **fields: Any) -> dict[str, Any]:
+def chat(*, stream: bool = False, **fields: object) -> dict[str, Any]:
     """Make a chat request."""
     return {
         "model": MODEL,

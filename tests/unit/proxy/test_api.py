@@ -2,11 +2,11 @@
 
 import asyncio
 import json
-from typing import Any
+from collections.abc import AsyncIterator
 
 import pytest
 
-from services.proxy.api.paths import ROUTES
+from services.proxy.api.paths import ROUTES, Route
 from tests.support.waiting import wait_until
 from tests.unit.proxy.engine import Engine, Exchanged
 from tests.unit.proxy.rig import Rig, chat
@@ -14,8 +14,8 @@ from tests.unit.proxy.rig import Rig, chat
 PATH = "/v1/chat/completions"
 
 
-@pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.path)
-async def test_routes_reach_the_replica(route: Any) -> None:
+@pytest.mark.parametrize("route", ROUTES, ids=lambda route: str(route.path))
+async def test_routes_reach_the_replica(route: Route) -> None:
     """Each route of the allow-list reaches the same route of a replica."""
 
     async def echo(exchanged: Exchanged) -> None:
@@ -239,7 +239,6 @@ async def test_text_split_inside_a_character() -> None:
 @pytest.mark.parametrize("how", ["cut", "error", "unfinished"])
 async def test_text_that_breaks_off(how: str) -> None:
     """A plain text that breaks off is cut: the client never sees a clean end."""
-
     seen = asyncio.Event()
 
     async def broken(exchanged: Exchanged) -> None:
@@ -294,7 +293,7 @@ async def test_body_in_pieces() -> None:
     async with Engine() as engine, Rig(engine, max_body_bytes=300_000) as rig:
         body = json.dumps(chat(filler="x" * 200_000)).encode()
 
-        async def pieces() -> Any:
+        async def pieces() -> AsyncIterator[bytes]:
             for at in range(0, len(body), 50_000):
                 yield body[at : at + 50_000]
                 await asyncio.sleep(0)
@@ -309,7 +308,7 @@ async def test_body_in_pieces() -> None:
 
 
 async def test_head_limits() -> None:
-    """A head that is too large gets 431, one that is no HTTP 400, one that never ends is dropped."""
+    """Too large a head gets 431, one that is no HTTP 400, one that never ends is dropped."""
     async with Rig(max_header_bytes=2000, header_timeout_s=0.2) as rig:
         for sent, status in ((b"GET / HTTP/1.1\r\nx: " + b"y" * 3000, 431), (b"\x16\x03\x01", 400)):
             reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)

@@ -133,7 +133,7 @@ async def test_three_tries() -> None:
 
 
 async def test_stale_connection() -> None:
-    """A kept connection that the replica has closed costs no try: a fresh one carries the request."""
+    """A kept connection that the replica has closed costs no try: a fresh one carries it."""
     async with Engine() as engine, Rig(engine) as rig:
         await rig.chat()
 
@@ -282,7 +282,7 @@ async def test_silent_stream() -> None:
 
 
 async def test_first_byte_deadline() -> None:
-    """A request without a first byte ends as 504 at the model's deadline, and is aborted upstream."""
+    """A request without a first byte ends as 504 at the model's deadline, aborted upstream."""
 
     async def hang(exchanged: Exchanged) -> None:
         await exchanged.abandoned()

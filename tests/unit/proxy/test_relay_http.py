@@ -30,7 +30,7 @@ async def test_stream() -> None:
 
 
 async def test_every_field_passes() -> None:
-    """The body reaches the replica unchanged, with our key, our request id, and not the client's key."""
+    """The body reaches the replica unchanged, with our key and not the client's."""
     body = b'{"model" : "org/Demo-1B", "messages":[], "x_unknown": [1, 2.50], "seed":7}'
     async with Engine() as engine, Rig(engine) as rig:
         await rig.http.post(
@@ -101,7 +101,7 @@ async def test_disconnect_aborts_unary() -> None:
 
 
 async def test_slow_client_pauses_replica() -> None:
-    """A client that does not read pauses the replica: the proxy buffers little, and loses nothing."""
+    """A client that does not read pauses the replica: little is buffered, nothing lost."""
     sent = 0
     total = 64 << 20
     piece = b"data: " + b"x" * 65530 + b"\n\n"
@@ -140,7 +140,7 @@ async def test_slow_client_pauses_replica() -> None:
 
 
 async def test_cost_is_settled_at_the_first_token() -> None:
-    """The prompt's share of a reservation is given back with the first token, the rest at the end."""
+    """The prompt's share of a cost is given back with the first token, the rest at the end."""
     go = asyncio.Event()
 
     async def paced(exchanged: Exchanged) -> None:
