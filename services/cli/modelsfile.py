@@ -1,14 +1,15 @@
 """Reads a models file: all problems in one go, each with file, place, expected and given.
 
 The shape is checked by the JSON Schema that ships with redmesh; what a schema cannot say (names
-that meet twice, bounds that contradict each other, paths that do not exist) is checked after it.
+that meet twice, bounds that contradict each other, paths that do not exist) is checked as well, for
+every model whose shape is right.
 Nothing is applied unless everything is valid. Paths are resolved here, against the file's folder:
 agents then see absolute paths, or a hub id.
 """
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
@@ -19,7 +20,7 @@ import msgspec
 
 from shared.errors import InvalidInputError
 from shared.ids import is_name
-from shared.models.deployment import DeploymentSpec, EngineKind, EngineSpec, ModelsFile
+from shared.models.deployment import DeploymentSpec, EngineKind, EngineSpec
 
 _BIGGEST_FILE_BYTES: Final = 4 << 20
 
@@ -28,15 +29,29 @@ def read(path: Path) -> list[DeploymentSpec]:
     """Read and check `path`; raise one `InvalidInputError` that lists every problem."""
     document = _parse(path)
     problems = list(_schema_problems(document))
+    resolved = {
+        index: _resolve(spec, path.absolute().parent) for index, spec in _readable(document)
+    }
+    problems += _meaning_problems(resolved)
     if not problems:
-        specs = msgspec.convert(document, type=ModelsFile).models
-        resolved = [_resolve(spec, path.absolute().parent) for spec in specs]
-        problems = list(_meaning_problems(resolved))
-        if not problems:
-            return resolved
+        return list(resolved.values())
     listed = "\n".join(f"  {path}: {problem}" for problem in problems)
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     raise InvalidInputError(f"{count} in the models file, nothing was applied:\n{listed}")
+
+
+def _readable(document: Any) -> Iterator[tuple[int, DeploymentSpec]]:  # noqa: ANN401 - any JSON
+    """Yield the models whose shape is right, with their index: each is judged further by itself."""
+    models: Any = cast("dict[str, Any]", document).get("models") if _is_object(document) else None
+    for index, model in enumerate(cast("list[Any]", models) if isinstance(models, list) else []):
+        try:
+            yield index, msgspec.convert(model, type=DeploymentSpec)
+        except msgspec.ValidationError:
+            continue  # the schema has said why
+
+
+def _is_object(document: object) -> bool:
+    return isinstance(document, dict)
 
 
 def schema() -> dict[str, Any]:
@@ -143,9 +158,9 @@ def _resolve(spec: DeploymentSpec, folder: Path) -> DeploymentSpec:
     )
 
 
-def _meaning_problems(specs: list[DeploymentSpec]) -> Iterator[str]:
+def _meaning_problems(specs: Mapping[int, DeploymentSpec]) -> Iterator[str]:
     owners: dict[str, str] = {}
-    for index, spec in enumerate(specs):
+    for index, spec in specs.items():
         place = f"models[{index}]"
         for field, name in [("name", spec.name), *(("aliases", each) for each in spec.aliases)]:
             if not is_name(name):
@@ -156,8 +171,8 @@ def _meaning_problems(specs: list[DeploymentSpec]) -> Iterator[str]:
         bounds = spec.replicas
         if not bounds.min <= bounds.count <= bounds.max:
             yield (
-                f"{place}.replicas: expected min ≤ count ≤ max, "
-                f"given {bounds.min}, {bounds.count}, {bounds.max}"
+                f"{place}.replicas.count: expected between min ({bounds.min}) and max "
+                f"({bounds.max}), given {bounds.count}"
             )
         yield from (f"{place}.engine.{problem}" for problem in _engine_problems(spec.engine))
         if spec.routing.max_requests_per_replica > spec.engine.max_queued_requests:

@@ -69,7 +69,10 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
             "models[1].name: 'm' is already taken by models[0].name",
         ),
         ({"models": [_model(aliases=["m"])]}, "already taken"),
-        ({"models": [_model(replicas={"count": 3, "max": 2})]}, "min ≤ count ≤ max"),
+        (
+            {"models": [_model(replicas={"count": 3, "max": 2})]},
+            "models[0].replicas.count: expected between min (0) and max (2), given 3",
+        ),
         ({"models": [_model(engine={})]}, "engine.model: the hub id or path"),
         ({"models": [_model(engine={"model": "./gone"})]}, "does not exist"),
         ({"models": [_model(engine={"model": "a/b/c"})]}, "neither a path that exists"),
@@ -111,3 +114,12 @@ def test_external_servers_need_no_weights(tmp_path: Path) -> None:
     document = {"models": [_model(engine={"kind": "external", "urls": ["http://10.0.0.1:80"]})]}
     (spec,) = modelsfile.read(_write(tmp_path, document))
     assert spec.engine.kind is EngineKind.EXTERNAL
+
+
+def test_a_wrong_shape_hides_no_other_problem(tmp_path: Path) -> None:
+    """One model's wrong type and another's contradiction are reported in the same run."""
+    models = [_model(name="a", engine={"kind": 1}), _model(name="b", replicas={"count": -1})]
+    models.append(_model(name="c", replicas={"count": 3, "max": 2}))
+    text = _problems(tmp_path, {"models": models})
+    for place in ("models[0].engine.kind", "models[1].replicas.count", "models[2].replicas.count"):
+        assert place in text
