@@ -17,7 +17,7 @@ import structlog
 from services.agent import health, probe
 from services.agent.health import Health
 from services.agent.probe import Endpoint, Load
-from services.agent.process import EngineProcess
+from services.agent.process import KILLED, EngineProcess
 from services.agent.reconcile import EngineView, Phase
 from services.agent.settings import AgentSettings
 from services.agent.statefile import EngineFolders
@@ -182,8 +182,9 @@ class Engine:
     async def _finish(self) -> None:
         process = self._process
         if process is not None and not process.alive:
-            said = self._folders.last_words(self.order.rid)
             what = await process.wait()
+            # Whoever is killed has no last words: its log speaks of other things.
+            said = "" if KILLED in what else self._folders.last_words(self.order.rid)
             self._end(f"{what}: {said}" if said else what, wanted=False)
         elif self._stop_asked.is_set():
             self._move(Phase.STOPPING, self.reason)

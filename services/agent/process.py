@@ -35,6 +35,7 @@ TRACKER_S: Final = 2.0
 KILLED_S: Final = 10.0
 """How long SIGKILL may take: a process in an uninterruptible wait ends late."""
 POLL_S: Final = 0.05
+KILLED: Final = "was killed by SIGKILL"
 
 
 class EngineProcess:
@@ -243,6 +244,8 @@ async def _gone(tree: Callable[[], list[Process]], deadline_s: float, *, tracker
 
 
 def _how(code: int | None) -> str:
+    if code == -signal.SIGKILL:
+        return f"{KILLED} (by somebody, or by the kernel for want of memory)"
     if code is None:
         return "ended (its exit status went to another parent)"
     if code < 0:

@@ -17,7 +17,9 @@ from typing import Final
 import msgspec
 
 PROC: Final = Path("/proc")
-SHM_PREFIXES: Final = ("/dev/shm/psm_", "/dev/shm/sem.mp-")  # noqa: S108 - names to recognise, not files to create
+SHM: Final = Path("/dev/shm")  # noqa: S108 - a place to look at, not to create files in
+SHM_PREFIXES: Final = ("psm_", "sem.mp-")
+"""Shared memory and semaphores as Python's multiprocessing names them."""
 RESOURCE_TRACKER: Final = "multiprocessing.resource_tracker"
 ESSENTIAL_TITLE: Final = "VLLM::"
 """vLLM names its engine core and its workers so. None of them can be spared."""
@@ -136,8 +138,17 @@ def kill(processes: Collection[Process], number: signal.Signals) -> None:
 
 
 def shared_memory(pids: Collection[int]) -> frozenset[str]:
-    """Name the shared-memory files of engines' kind that processes `pids` have mapped."""
-    return frozenset(path for pid in pids for path in _mapped(pid))
+    """Name the shared-memory files of engines' kind that processes `pids` have mapped.
+
+    Found by inode: a semaphore is mapped under the temporary name that it was made with.
+    """
+    inodes = {inode for pid in pids for inode in _mapped(pid)}
+    with os.scandir(SHM) as entries:
+        return frozenset(
+            entry.path
+            for entry in entries
+            if entry.name.startswith(SHM_PREFIXES) and entry.inode() in inodes
+        )
 
 
 def sweep(files: Collection[str]) -> list[str]:
@@ -145,7 +156,7 @@ def sweep(files: Collection[str]) -> list[str]:
 
     Only names that were seen in an engine's own maps come here: what others made stays.
     """
-    left = [path for path in files if path.startswith(SHM_PREFIXES) and Path(path).exists()]
+    left = [path for path in files if Path(path).parent == SHM and Path(path).exists()]
     if not left:
         return []
     used = shared_memory(all_pids())
@@ -157,14 +168,11 @@ def sweep(files: Collection[str]) -> list[str]:
     return swept
 
 
-def _mapped(pid: int) -> Iterator[str]:
+def _mapped(pid: int) -> Iterator[int]:
     try:
         maps = (PROC / str(pid) / "maps").read_text(errors="replace")
     except OSError:
         return
     for line in maps.splitlines():
-        start = line.find("/dev/shm/")  # noqa: S108 - a path to recognise
-        if start > 0:
-            path = line[start:].removesuffix(" (deleted)")
-            if path.startswith(SHM_PREFIXES):
-                yield path
+        if str(SHM) in line:
+            yield int(line.split()[4])

@@ -16,10 +16,10 @@ import msgspec
 from shared.models.order import Order
 
 _FOLDER_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_ERROR_LINE: Final = re.compile(r"\b\w*(?:Error|Exception)\b: \S")
+_ERROR_LINE: Final = re.compile(r"(?:[\w.]*(?:Error|Exception)|.{0,40}\berror): \S")
 _PREFIX: Final = re.compile(r"^(?:\([^)]*\) )?(?:[A-Z]+ \d\d-\d\d [\d:]+ \[[^]]*\] ?)?")
-_SEQUEL: Final = "Engine core initialization failed"
-"""vLLM's last error names only the consequence; the cause stands further up."""
+_SEQUELS: Final = ("Engine core initialization failed", "EngineDeadError")
+"""vLLM's last errors name only the consequence; the cause stands further up."""
 TAIL_READ_BYTES: Final = 64 << 10
 REASON_CHARS: Final = 300
 LOG_KEEP_BYTES: Final = 16 << 20
@@ -125,7 +125,8 @@ def summary(log: str) -> str:
     """Choose what a person needs from the end of an engine's log: the last error, or its tail."""
     lines = [_PREFIX.sub("", line).strip() for line in log.splitlines()]
     lines = [line for line in lines if line]
-    errors = [line for line in lines if _ERROR_LINE.search(line) and _SEQUEL not in line]
+    errors = [line for line in lines if _ERROR_LINE.match(line)]
+    errors = [line for line in errors if not any(sequel in line for sequel in _SEQUELS)] or errors
     if errors:
         return (
             errors[-1] if len(errors[-1]) <= REASON_CHARS else errors[-1][: REASON_CHARS - 1] + "…"
