@@ -13,7 +13,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from enum import StrEnum
-from typing import Final
+from typing import Final, cast
 
 import msgspec
 
@@ -153,15 +153,16 @@ class Load:
         )
 
     @contextlib.asynccontextmanager
-    async def users(self, count: int) -> AsyncGenerator[None]:
+    async def users(self, count: int, *, over_s: float = 1.5) -> AsyncGenerator[None]:
         """Keep `count` users busy, each with one stream after another, while the block runs.
 
-        At its end no new stream begins, and those in flight are waited for.
+        They come one by one within `over_s`, so that at any time some streams have just begun and
+        others are midway. At the end no new stream begins, and those in flight are waited for.
         """
         stop = asyncio.Event()
         async with asyncio.TaskGroup() as group:
             for user in range(count):
-                group.create_task(self._user(user, stop))
+                group.create_task(self._user(user, over_s * user / count, stop))
             try:
                 yield
             finally:
@@ -204,13 +205,15 @@ class Load:
                 connection.close()
         self._idle.clear()
 
-    async def _user(self, user: int, stop: asyncio.Event) -> None:
-        while not stop.is_set():
+    async def _user(self, user: int, pause_s: float, stop: asyncio.Event) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), pause_s)
+            if stop.is_set():
+                return
             result = await self.ask(user)
-            if result.outcome is not Outcome.OK:
-                # A real client waits a moment too; without it a dead mesh would be hammered.
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(stop.wait(), _RETRY_PAUSE_S)
+            # After a failure a real client waits a moment too: a dead mesh must not be hammered.
+            pause_s = 0.0 if result.outcome is Outcome.OK else _RETRY_PAUSE_S
 
     async def _ask(self, user: int) -> Result:
         began_s = time.monotonic()
@@ -309,8 +312,7 @@ class _Connection(asyncio.Protocol):
         """Why the connection ended, if by an error."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        if isinstance(transport, asyncio.Transport):
-            self._transport = transport
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's class is none of these
 
     def data_received(self, data: bytes) -> None:
         load = self._load
