@@ -241,6 +241,17 @@ def stream_broken(detail: str) -> Refusal:
     )
 
 
+def starting() -> Refusal:
+    """503: the models are not known yet."""
+    return Refusal(
+        status=503,
+        message="this proxy is starting and does not know the models yet: send the request again",
+        type="service_unavailable_error",
+        code="starting",
+        retry_after_s=1,
+    )
+
+
 def shutting_down() -> Refusal:
     """503: this proxy ends; another serves."""
     return Refusal(

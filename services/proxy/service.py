@@ -24,12 +24,14 @@ from services.proxy.table import Tables
 from services.proxy.tablefile import TableFile
 from shared.admin import AdminServer, Answer, health_routes, json_answer
 from shared.clock import SystemClock
-from shared.errors import RegistryError
+from shared.errors import RegistryError, RegistryUnavailableError
 from shared.lifecycle import Loops, every, run_until_stopped, stop_signals
 from shared.models.host import Member, MemberKind
 from shared.registry import Registry
+from shared.registry.connection import check_schema
 
 LAST_RELEASES_S: Final = 2.0
+SCHEMA_AGAIN_S: Final = 1.0
 
 _log = structlog.get_logger(__name__)
 
@@ -157,6 +159,7 @@ class Service:
         return prometheus_client.generate_latest(self._metrics.registry)
 
     def _start(self, loops: Loops, server: Server, listening: socket.socket) -> asyncio.Task[None]:
+        loops.start("schema", self._prove_schema())
         loops.start("hints", self._convergence.run_hints())
         loops.start("catalogue", self._convergence.run_catalogue())
         loops.start("snapshots", self._convergence.run_snapshots())
@@ -166,6 +169,19 @@ class Service:
         loops.start("beats", every(self._beats.interval_s, self._beats.beat_all))
         loops.start("connections", server.sweep_connections())
         return loops.start("serve", server.serve(sockets=[listening]))
+
+    async def _prove_schema(self) -> None:
+        """Check the data's schema once Redis can be asked; another schema ends the service.
+
+        Done before the start where Redis was there, and here for a start without it.
+        """
+        while True:
+            try:
+                await check_schema(self._calm.connection, self._calm.keys)
+            except RegistryUnavailableError:
+                await asyncio.sleep(SCHEMA_AGAIN_S)
+            else:
+                return
 
     async def _be_member(self, port: int, admin_url: str) -> None:
         host = self._settings.host

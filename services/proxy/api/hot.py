@@ -155,6 +155,8 @@ class HotRoutes:
         tables = self._fleet.tables
         table = tables.resolve(name)
         if table is None:
+            if not tables.catalogued:
+                raise RefusedError(refusals.starting())
             known = [known.model for known in tables.models()]
             raise RefusedError(refusals.unknown_model(name, known))
         return table

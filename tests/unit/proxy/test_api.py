@@ -62,6 +62,15 @@ async def test_unknown_model_names_known_ones() -> None:
         assert "models here: demo" in answer.json()["error"]["message"]
 
 
+async def test_starting() -> None:
+    """Before the catalogue has been read, an unknown model is no 404: it may well exist."""
+    async with Rig() as rig:
+        rig.tables.catalogued = False
+        answer = await rig.http.post(PATH, json={"model": "zzz"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "starting")
+        assert answer.headers["retry-after"] == "1"
+
+
 async def test_anthropic_errors() -> None:
     """Errors of /v1/messages have Anthropic's shape."""
     async with Rig() as rig:
