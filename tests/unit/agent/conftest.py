@@ -34,9 +34,8 @@ def start_agent(redis_server: RedisServer, tmp_path: Path) -> Iterator[Callable[
 
     def start(name: str = "agent", **settings: str) -> AgentProcess:
         first = next(_next_port)
-        agents.append(
-            AgentProcess(redis_server.url, tmp_path / name, f"{first}-{first + 19}", **settings)
-        )
+        settings = {"port_range": f"{first}-{first + 19}", **settings}
+        agents.append(AgentProcess(redis_server.url, tmp_path / name, **settings))
         return agents[-1]
 
     yield start

@@ -44,7 +44,7 @@ def spec(engine: EngineSpec = SIM) -> DeploymentSpec:
 class AgentProcess:
     """An agent in a process of its own."""
 
-    def __init__(self, redis_url: str, state_dir: Path, ports: str, **settings: str) -> None:
+    def __init__(self, redis_url: str, state_dir: Path, **settings: str) -> None:
         self.state_dir = state_dir
         self.environment = {
             **os.environ,
@@ -52,7 +52,6 @@ class AgentProcess:
             "REDMESH_FLEET_SECRET": "secret-of-the-fleet",
             "REDMESH_HOST_NAME": HOST,
             "REDMESH_STATE_DIR": str(state_dir),
-            "REDMESH_PORT_RANGE": ports,
             "REDMESH_GPUS": "none",
             "REDMESH_METRICS_INTERVAL_S": "0.5",
             **{f"REDMESH_{name.upper()}": value for name, value in settings.items()},

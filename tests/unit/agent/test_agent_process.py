@@ -381,3 +381,43 @@ async def test_admin_port_tells_what_runs(fleet: Fleet, start_agent: StartAgent)
     assert b'"phase":"ready"' in await fetch(f"{member.admin_url}/live/engines")
     metrics = await fetch(f"{member.admin_url}/metrics")
     assert b'redmesh_agent_engines{phase="ready"} 1.0' in metrics
+
+
+async def test_agent_starts_without_redis_to_watch_its_engines(
+    fleet: Fleet, start_agent: StartAgent
+) -> None:
+    """With engines to adopt, an agent starts while Redis is away, mends a crash, and connects."""
+    agent = start_agent()
+    await fleet.create("m-1", spec())
+    await fleet.becomes("m-1", S.READY)
+    before = await fleet.known("m-1")
+    fleet.redis.kill()
+    agent.signal(signal.SIGKILL)
+    agent.start()
+    await wait_until(lambda: b"watching over adopted engines" in agent.log.read_bytes())
+    os.kill(before.pid, signal.SIGKILL)
+    await wait_until(lambda: agent.engine_files()["m-1"].pid not in {0, before.pid})
+    fleet.redis.start()
+    await fleet.becomes("m-1", S.READY)
+    assert (await fleet.known("m-1")).pid == agent.engine_files()["m-1"].pid
+
+
+async def test_agent_without_redis_and_engines_says_so(
+    fleet: Fleet, start_agent: StartAgent
+) -> None:
+    """Without Redis and without anything to watch, the agent exits with 1 and one clear line."""
+    fleet.redis.kill()
+    agent = start_agent()
+    assert agent.wait() == 1
+    lines = agent.log.read_text().splitlines()
+    assert len(lines) == 1
+    assert "REDMESH_REDIS_URL" in lines[0]
+
+
+async def test_wrong_settings_are_refused_at_once(fleet: Fleet, start_agent: StartAgent) -> None:
+    """Settings that cannot work end the agent with 2, all problems listed."""
+    agent = start_agent(port_range="9-8", gpus="many")
+    assert agent.wait() == 2
+    said = agent.log.read_text()
+    assert "REDMESH_PORT_RANGE" in said
+    assert "REDMESH_GPUS" in said
