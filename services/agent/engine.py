@@ -8,6 +8,7 @@ An engine says what it sees by `view`; what follows from that is decided in `rec
 """
 
 import asyncio
+import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
@@ -17,7 +18,7 @@ import structlog
 from services.agent import health, probe
 from services.agent.health import Health
 from services.agent.probe import Endpoint, Load
-from services.agent.process import KILLED, EngineProcess
+from services.agent.process import EXITED, EngineProcess
 from services.agent.reconcile import EngineView, Phase
 from services.agent.settings import AgentSettings
 from services.agent.statefile import EngineFolders
@@ -183,8 +184,11 @@ class Engine:
         process = self._process
         if process is not None and not process.alive:
             what = await process.wait()
-            # Whoever is killed has no last words: its log speaks of other things.
-            said = "" if KILLED in what else self._folders.last_words(self.order.rid)
+            # Whoever is killed has no last words: the end of its log speaks of other things.
+            said = ""
+            if signal.SIGKILL.name not in what:
+                exited = EXITED in what
+                said = self._folders.last_words(self.order.rid, cause_only=not exited)
             self._end(f"{what}: {said}" if said else what, wanted=False)
         elif self._stop_asked.is_set():
             self._move(Phase.STOPPING, self.reason)

@@ -35,7 +35,7 @@ TRACKER_S: Final = 2.0
 KILLED_S: Final = 10.0
 """How long SIGKILL may take: a process in an uninterruptible wait ends late."""
 POLL_S: Final = 0.05
-KILLED: Final = "was killed by SIGKILL"
+EXITED: Final = "exited with code"
 
 
 class EngineProcess:
@@ -245,7 +245,7 @@ async def _gone(tree: Callable[[], list[Process]], deadline_s: float, *, tracker
 
 def _how(code: int | None) -> str:
     if code == -signal.SIGKILL:
-        return f"{KILLED} (by somebody, or by the kernel for want of memory)"
+        return "was killed by SIGKILL (by somebody, or by the kernel for want of memory)"
     if code is None:
         return "ended (its exit status went to another parent)"
     if code < 0:
@@ -253,7 +253,7 @@ def _how(code: int | None) -> str:
             return f"was killed by {signal.Signals(-code).name}"
         except ValueError:
             return f"was killed by signal {-code}"
-    return f"exited with code {code}"
+    return f"{EXITED} {code}"
 
 
 def program_of(launch: Launch) -> str:

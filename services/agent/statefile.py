@@ -105,15 +105,18 @@ class EngineFolders:
             path.replace(path.with_suffix(".log.1"))
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
 
-    def last_words(self, rid: str) -> str:
-        """Return what the engine's log says of its end, at most `REASON_CHARS` characters."""
+    def last_words(self, rid: str, *, cause_only: bool = False) -> str:
+        """Return what the engine's log says of its end, at most `REASON_CHARS` characters.
+
+        With `cause_only`, that is an error that is a cause, or nothing.
+        """
         try:
             with self.log(rid).open("rb") as log:
                 log.seek(max(0, self.log(rid).stat().st_size - TAIL_READ_BYTES))
                 text = log.read(TAIL_READ_BYTES).decode(errors="replace")
         except OSError:
             return ""
-        return summary(text)
+        return summary(text, cause_only=cause_only)
 
 
 def is_folder_name(rid: str) -> bool:
@@ -121,15 +124,16 @@ def is_folder_name(rid: str) -> bool:
     return _FOLDER_NAME.fullmatch(rid) is not None
 
 
-def summary(log: str) -> str:
-    """Choose what a person needs from the end of an engine's log: the last error, or its tail."""
+def summary(log: str, *, cause_only: bool = False) -> str:
+    """Choose what a person needs from the end of an engine's log: its last cause, or its tail."""
     lines = [_PREFIX.sub("", line).strip() for line in log.splitlines()]
     lines = [line for line in lines if line]
     errors = [line for line in lines if _ERROR_LINE.match(line)]
-    errors = [line for line in errors if not any(sequel in line for sequel in _SEQUELS)] or errors
-    if errors:
-        return (
-            errors[-1] if len(errors[-1]) <= REASON_CHARS else errors[-1][: REASON_CHARS - 1] + "…"
-        )
-    tail = " | ".join(lines[-3:])
+    causes = [line for line in errors if not any(sequel in line for sequel in _SEQUELS)]
+    if causes:
+        cause = causes[-1]
+        return cause if len(cause) <= REASON_CHARS else cause[: REASON_CHARS - 1] + "…"
+    if cause_only:
+        return ""
+    tail = " | ".join(errors[-1:] or lines[-3:])
     return tail if len(tail) <= REASON_CHARS else "…" + tail[1 - REASON_CHARS :]

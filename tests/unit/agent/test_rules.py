@@ -80,6 +80,8 @@ def test_last_words_are_the_cause_not_the_sequel() -> None:
     assert summary("tool: error: bad flag\n") == "tool: error: bad flag"
     assert summary("one\n\ntwo\nthree\nfour\n") == "two | three | four"
     assert summary("") == ""
+    assert summary("INFO: up\nx.EngineDeadError: see above\n", cause_only=True) == ""
+    assert summary(log, cause_only=True).startswith("ValueError")
     assert len(summary("ValueError: " + "x" * 999)) == 300
     assert summary("x" * 999).startswith("…")
 
