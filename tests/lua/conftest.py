@@ -26,7 +26,7 @@ def nothing_blocks(unblocked: None) -> None:
 def kind(request: pytest.FixtureRequest) -> str:
     """Name the kind of server that the test runs on."""
     if request.param == "redis" and redis_binary() is None:
-        pytest.skip("no redis-server on PATH; valkey and cluster run all the same")
+        pytest.fail("no redis-server on PATH: run `make system`")
     return str(request.param)
 
 
