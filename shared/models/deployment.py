@@ -50,7 +50,8 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Number format of weights and activations, as vLLM names it."""
     quantization: Quantization = Quantization.NONE
     """`none` (what the checkpoint says), `awq`, `gptq`, `compressed-tensors`, `int8`, `fp8` or
-    `bitsandbytes`."""
+    `bitsandbytes`. `int8` and `fp8` quantize while loading: `fp8` needs a GPU, and vLLM 0.32's
+    `int8` covers the experts of mixture models only."""
     chat_template: str | None = None
     """Path of a Jinja template for models without one; relative as `model`."""
     max_num_seqs: int | None = None
