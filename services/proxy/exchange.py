@@ -162,15 +162,11 @@ class Exchange:
 
     def _excluded(self) -> tuple[str, ...]:
         """Name the replicas to avoid: tried ones, and ejected ones while there are others."""
-        now_s = self._fleet.now_s()
         tried = self._tried
-        ready = self._served.table.ready
-        ejected: list[str] = []
-        for rid in ready:
-            endpoint = self._fleet.endpoints.find(rid)
-            if endpoint is not None and endpoint.breaker.ejected(now_s) and rid not in tried:
-                ejected.append(rid)
-        if not ejected or len(ejected) + len(tried) >= len(ready):
+        if not self._served.ejected:
+            return tried
+        ejected = [rid for rid in self._served.ejected_now(self._fleet.now_s()) if rid not in tried]
+        if len(ejected) + len(tried) >= len(self._served.table.ready):
             return tried
         return (*tried, *ejected)
 
@@ -336,6 +332,7 @@ class Exchange:
             and endpoint.breaker.failed(self._fleet.now_s())
         ):
             served.metrics.ejections.inc()
+            served.ejected[endpoint.rid] = endpoint.breaker
             _log.warning("replica_ejected", model=served.model, rid=self.rid, reason=detail)
         self._failure = failure
         self._failure_detail = f"{self.rid}: {detail}"

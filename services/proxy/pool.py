@@ -170,10 +170,6 @@ class Endpoints:
         self._by_rid[replica.rid] = endpoint
         return endpoint
 
-    def find(self, rid: str) -> Endpoint | None:
-        """Give the endpoint of a replica, if one was ever needed."""
-        return self._by_rid.get(rid)
-
     def sweep(self, now_s: float, known: set[str]) -> None:
         """Close idle connections, and forget replicas that no table knows any more."""
         for rid, endpoint in list(self._by_rid.items()):

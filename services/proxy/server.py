@@ -71,6 +71,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._too_large = False
         self.head_since_s: float | None = None
         self.closing_since_s: float | None = None
+        self.stalled_since_s: float | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin to wait for a head."""
@@ -117,12 +118,25 @@ class LimitedProtocol(HttpToolsProtocol):
         )
         self.transport.close()
 
+    def pause_writing(self) -> None:
+        """Begin to measure how long the client takes nothing."""
+        self.stalled_since_s = self.loop.time()
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        """Stop measuring: the client has taken something."""
+        self.stalled_since_s = None
+        super().resume_writing()
+
     def overdue(self, now_s: float) -> bool:
-        """Tell whether the head has been awaited for too long, or the end has."""
+        """Tell whether the client has taken too long: to send a head, to read, or to leave."""
         if self.transport.is_closing():
             if self.closing_since_s is None:
                 self.closing_since_s = now_s
             return now_s - self.closing_since_s > LINGER_S
+        since_s = self.stalled_since_s
+        if since_s is not None and now_s - since_s > self.limits.client_stall_timeout_s:
+            return True
         since_s = self.head_since_s
         return since_s is not None and now_s - since_s > self.limits.header_timeout_s
 
@@ -151,7 +165,7 @@ class Server(uvicorn.Server):
         yield
 
     async def sweep_connections(self) -> None:
-        """Close connections whose head is overdue, or that linger in closing, for ever."""
+        """Close the connections of clients that take too long, for ever."""
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(SWEEP_S)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from random import Random
 from typing import Final, Protocol
 
-from services.proxy.breaker import RedisBreaker
+from services.proxy.breaker import RedisBreaker, ReplicaBreaker
 from services.proxy.cost import OutputEstimate
 from services.proxy.metrics import LedgerMetrics, Metrics, ModelMetrics
 from services.proxy.pool import Endpoints
@@ -66,6 +66,8 @@ class Served:
         self.output = OutputEstimate()
         self.budget = Budget(now_s)
         self.exchanges: set[Carried] = set()
+        self.ejected: dict[str, ReplicaBreaker] = {}
+        """Replicas to avoid: nearly always empty, so that a request looks at none of thousands."""
         self.finished_per_s = 0.0
         self._finished = 0
         self._rated_s = now_s
@@ -75,6 +77,13 @@ class Served:
     def busy(self) -> bool:
         """Tell whether a request of this model is alive or being settled."""
         return bool(self.exchanges or len(self.reservations.live) or self.reservations.unsettled)
+
+    def ejected_now(self, now_s: float) -> list[str]:
+        """Name the READY replicas that are ejected now, and forget those that no longer are."""
+        for rid, breaker in list(self.ejected.items()):
+            if not breaker.ejected(now_s) or rid not in self.table.ready:
+                del self.ejected[rid]
+        return list(self.ejected)
 
     def finished(self) -> None:
         """Note that a request has ended: whoever waits first may have its place."""

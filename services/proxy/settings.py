@@ -26,6 +26,8 @@ class ProxySettings(CommonSettings, frozen=True, kw_only=True):
     """A client gets this long to send the head of a request, from connecting on."""
     body_timeout_s: float = 60.0
     """A client gets this long to send the body of a request."""
+    client_stall_timeout_s: float = 300.0
+    """A client that takes nothing of its answer for this long is disconnected."""
     client_keep_alive_s: int = 75
     """An idle client connection is closed after this long."""
     connect_timeout_s: float = 5.0

@@ -139,6 +139,23 @@ async def test_slow_client_pauses_replica() -> None:
         await wait_until(rig.idle)
 
 
+async def test_stalled_client_is_disconnected() -> None:
+    """A client that takes nothing for too long is disconnected, and its answer aborted."""
+
+    async def flood(exchanged: Exchanged) -> None:
+        await exchanged.begin_stream()
+        while not exchanged.writer.is_closing():
+            await exchanged.chunk(b"data: " + b"x" * 65530 + b"\n\n")
+
+    async with Engine(flood) as engine, Rig(engine, client_stall_timeout_s=0.3) as rig:
+        sweep = asyncio.create_task(rig.server.sweep_connections())
+        reader, writer = await rig.raw(json.dumps(chat(stream=True)).encode())
+        await reader.readuntil(b"\r\n\r\n")
+        await wait_until(rig.idle)
+        writer.close()
+        sweep.cancel()
+
+
 async def test_cost_is_settled_at_the_first_token() -> None:
     """The prompt's share of a cost is given back with the first token, the rest at the end."""
     go = asyncio.Event()
