@@ -4,12 +4,17 @@ Exit code 2 means that the input must be mended, 1 that the world lacks somethin
 traceback, and a refused command leaves nothing behind.
 """
 
+import asyncio
 import json
 from collections.abc import Generator, Mapping
 from pathlib import Path
 
 import pytest
 
+from shared.registry.connection import connect
+from shared.registry.results import text_of
+from shared.secret import Secret
+from shared.settings import CommonSettings
 from tests.support.mesh import (
     Done,
     free_ports,
@@ -218,8 +223,14 @@ def test_data_of_another_schema_is_left_alone(tmp_path: Path, version: str) -> N
 
 
 def _redis(url: str, *command: str) -> str:
-    done = redmesh("redis", "--redis-url", url, *command)
-    return done.out.strip()
+    async def act() -> str:
+        connection = await connect(CommonSettings(redis_url=Secret(url)))
+        try:
+            return text_of(await connection.command(*command))
+        finally:
+            await connection.aclose()
+
+    return asyncio.run(act())
 
 
 def test_up_stops_what_it_started_when_a_model_cannot_start(tmp_path: Path) -> None:
