@@ -32,7 +32,6 @@ from services.proxy.retry import (
 )
 from services.proxy.serving import Fleet, Served
 from services.proxy.upstream import Connection, Head
-from shared.ids import new_request_id
 from shared.registry.ledger import BUSY, NONE
 
 _log = structlog.get_logger(__name__)
@@ -69,8 +68,8 @@ class Exchange:
         "_held_until_s",
         "_inbound",
         "_ledger_id",
+        "_number",
         "_phase",
-        "_prefix",
         "_relay",
         "_retry",
         "_sent_tries",
@@ -99,7 +98,7 @@ class Exchange:
         self._relay = relay
         self._cut_client = cut_client
         self._phase = Phase.RESERVING
-        self._prefix = new_request_id()
+        self._number = fleet.next_number()
         self._ledger_id = ""
         self._tries = 0
         self._sent_tries = 0
@@ -152,7 +151,7 @@ class Exchange:
         self._phase = Phase.RESERVING
         self._retry = None
         self._tries += 1
-        self._ledger_id = f"{self._prefix}-{self._tries}"
+        self._ledger_id = f"{self._number:x}-{self._tries}"
         self._served.reservations.reserve(
             self._ledger_id, self._cost_tokens(), self._excluded(), self._reserved
         )

@@ -6,6 +6,7 @@ table for them. The exchanges themselves decide what happens to a request.
 
 import asyncio
 from collections.abc import Callable, Sequence
+from itertools import count
 from random import Random
 from typing import Final, Protocol
 
@@ -143,6 +144,7 @@ class Fleet:
         self._ledger = ledger
         self.saw_version = saw_version
         """Called with a model whose table is not what Redis has."""
+        self._numbers = count(1)
         self._served: dict[str, Served] = {}
         self._loop = asyncio.get_running_loop()
         tables.on_change(self._table_changed)
@@ -150,6 +152,10 @@ class Fleet:
     def now_s(self) -> float:
         """Return the loop's monotonic time."""
         return self._loop.time()
+
+    def next_number(self) -> int:
+        """Give a request a number that is unique in this process, and so in the ledger."""
+        return next(self._numbers)
 
     def served(self) -> list[Served]:
         """Give every model that has been asked for, or that the catalogue names."""
