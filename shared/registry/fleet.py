@@ -1,15 +1,17 @@
 """What concerns the fleet as a whole: deployments, hosts, orders, members, holds and events.
 
-Every hash is read whole and parsed field by field; a field that does not parse is left out and
-named in `corrupt` of the result, so that foreign data can be reported and hurts nobody.
+Every hash is read whole and parsed field by field; a field that does not parse, or that holds
+something of another name or of a name that may not come near a key, is left out and named in
+`corrupt` of the result, so that foreign data can be reported and hurts nobody.
 """
 
 import contextlib
+from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
 import msgspec
 
-from shared.ids import check_name
+from shared.ids import check_name, is_name
 from shared.models.deployment import Deployment
 from shared.models.event import Event, EventLevel
 from shared.models.host import Hold, Host, Member
@@ -66,7 +68,7 @@ class Fleet:
 
     async def deployments(self) -> Records[Deployment]:
         """Read every declared deployment by model."""
-        return await self._records(self._keys.deployments, Deployment)
+        return await self._records(self._keys.deployments, Deployment, lambda d: d.spec.name)
 
     async def declare(self, model: str, deployment: Deployment, expected_generation: int) -> bool:
         """Store a deployment if its generation is still the expected one (0: not there).
@@ -95,7 +97,7 @@ class Fleet:
 
     async def hosts(self) -> Records[Host]:
         """Read every registered host by name."""
-        return await self._records(self._keys.hosts, Host)
+        return await self._records(self._keys.hosts, Host, lambda host: host.host)
 
     async def put_host(self, host: Host) -> None:
         """Register a host, as its agent."""
@@ -109,7 +111,7 @@ class Fleet:
 
     async def orders(self, host: str) -> Records[Order]:
         """Read the orders to a host's agent by replica id."""
-        return await self._records(self._keys.orders(host), Order)
+        return await self._records(self._keys.orders(host), Order, lambda order: order.rid)
 
     async def put_order(self, fence: Fence, host: str, order: Order) -> Refused | None:
         """Give an order to a host's agent; the same order again changes nothing."""
@@ -131,7 +133,7 @@ class Fleet:
         _, now, records, beats = await self._connection.evalsha(MEMBERS, keys, ())
         now_ms = whole_number(now)
         seen = pairs(beats)
-        members, corrupt = _parse(pairs(records), Member)
+        members, corrupt = _parse(pairs(records), Member, lambda member: member.field)
         return Records(
             {
                 field: MemberSeen(
@@ -148,7 +150,7 @@ class Fleet:
 
     async def holds(self) -> Records[Hold]:
         """Read every cordon and drain by subject."""
-        return await self._records(self._keys.holds, Hold)
+        return await self._records(self._keys.holds, Hold, lambda hold: hold.subject)
 
     async def put_hold(self, hold: Hold) -> None:
         """Ask to keep work away from a host or a replica."""
@@ -186,9 +188,9 @@ class Fleet:
                 events.append(_event(text_of(entry[0]), entry[1]))
         return events
 
-    async def _records(self, key: str, kind: type[T]) -> Records[T]:
+    async def _records(self, key: str, kind: type[T], name: Callable[[T], str]) -> Records[T]:
         reply = await self._connection.evalsha(READ, (key,), ())
-        return Records(*_parse(pairs(reply[1:]), kind))
+        return Records(*_parse(pairs(reply[1:]), kind, name))
 
     async def _put(self, key: str, field: str, record: msgspec.Struct) -> None:
         await self._connection.command("HSET", key, field, msgspec.json.encode(record))
@@ -199,15 +201,23 @@ class Fleet:
         return _refusal(await self._connection.evalsha(ORDER, keys, args))
 
 
-def _parse(fields: dict[bytes, bytes], kind: type[T]) -> tuple[dict[str, T], tuple[str, ...]]:
+def _parse(
+    fields: dict[bytes, bytes], kind: type[T], name_of: Callable[[T], str]
+) -> tuple[dict[str, T], tuple[str, ...]]:
     decoder = msgspec.json.Decoder(kind)
     records: dict[str, T] = {}
     corrupt: list[str] = []
-    for field, value in fields.items():
+    for raw, value in fields.items():
+        field = text_of(raw)
         try:
-            records[text_of(field)] = decoder.decode(value)
+            record = decoder.decode(value)
         except (msgspec.DecodeError, UnicodeDecodeError):
-            corrupt.append(text_of(field))
+            corrupt.append(field)
+            continue
+        if is_name(field) and name_of(record) == field:
+            records[field] = record
+        else:
+            corrupt.append(field)
     return records, tuple(corrupt)
 
 

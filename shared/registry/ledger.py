@@ -11,6 +11,7 @@ the data plane.
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
+from shared.ids import is_name
 from shared.models.routing import Beat, Lease
 from shared.registry.connection import Argument, Evaluator
 from shared.registry.keys import PROXY_PART, Keys
@@ -126,7 +127,7 @@ class Ledger:
                 args += ("D", op.request, op.rid, op.cost_tokens)
         reply: list[Any] = await self._client.evalsha(HOT, keys, args)
         results: list[str | bool] = [
-            part.decode() if isinstance(part, bytes) else part == 1 for part in reply[1:]
+            text_of(part) if isinstance(part, bytes) else part == 1 for part in reply[1:]
         ]
         return BatchReply(whole_number(reply[0]), results)
 
@@ -149,7 +150,8 @@ class Ledger:
         """Name the proxies to reap: silent, and marked as silent at least `grace_ms` ago."""
         keys = self._keys.model(model).pick(SUSPECTS.keys)
         reply = await self._client.evalsha(SUSPECTS, keys, (silence_ms, grace_ms))
-        return [text_of(proxy) for proxy in reply[1:]]
+        # A foreign member of `px` names no proxy: there is nothing to reap, and no key for it.
+        return [name for name in map(text_of, reply[1:]) if is_name(name)]
 
     async def reap(
         self, model: str, proxy: str, silence_ms: int = SILENCE_MS, limit: int = 100
@@ -175,7 +177,8 @@ class Ledger:
         """Read when each proxy of this model last beat, in Redis' milliseconds."""
         key = self._keys.model(model).px
         flat = await self._client.evalsha(SCORES, (key,), ())
-        return {text_of(name): whole_number(ms) for name, ms in pairs(flat[1:]).items()}
+        beats = {text_of(name): whole_number(ms) for name, ms in pairs(flat[1:]).items()}
+        return {name: ms for name, ms in beats.items() if is_name(name)}
 
     async def totals(self, model: str) -> dict[str, Totals]:
         """Read what is outstanding per replica; `*` is the model's sum."""

@@ -13,7 +13,7 @@ from typing import Any, Final
 import msgspec
 
 from shared.errors import InvalidInputError
-from shared.ids import check_name
+from shared.ids import check_name, is_name
 from shared.models.replica import Replica, ReplicaState
 from shared.models.routing import Snapshot
 from shared.registry.connection import Argument, Connection
@@ -234,7 +234,8 @@ class Replicas:
             replica = self._decoder.decode(value)
         except (msgspec.DecodeError, UnicodeDecodeError):
             return None
-        return replica if replica.rid == rid and replica.model == model else None
+        sound = is_name(rid) and is_name(replica.host)
+        return replica if sound and replica.rid == rid and replica.model == model else None
 
 
 def _writer(fence: Fence | None) -> tuple[Argument, Argument]:
