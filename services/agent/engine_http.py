@@ -34,22 +34,27 @@ async def request(
     Raises OSError when there is no complete, well-formed answer within `deadline_s` seconds
     (TimeoutError is one).
     """
-    parts = urlsplit(url)
+    try:
+        async with asyncio.timeout(deadline_s):
+            return await _exchange(urlsplit(url), api_key, content)
+    except (ValueError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
+        # An address that is none (a port of 99999) is a ValueError as well.
+        message = f"{url} gave no well-formed answer: {error}"
+        raise ConnectionError(message) from error
+
+
+async def _exchange(parts: SplitResult, api_key: str, content: object) -> Response:
     secure = ssl.create_default_context() if parts.scheme == "https" else None
     port = parts.port or (443 if secure else 80)
-    async with asyncio.timeout(deadline_s):
-        reader, writer = await asyncio.open_connection(
-            parts.hostname, port, ssl=secure, limit=HEAD_LIMIT_BYTES
-        )
-        try:
-            writer.write(_encode(parts, api_key, content))
-            await writer.drain()
-            return await _read(reader)
-        except (ValueError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
-            message = f"{url} gave no well-formed answer"
-            raise ConnectionError(message) from error
-        finally:
-            writer.transport.abort()
+    reader, writer = await asyncio.open_connection(
+        parts.hostname, port, ssl=secure, limit=HEAD_LIMIT_BYTES
+    )
+    try:
+        writer.write(_encode(parts, api_key, content))
+        await writer.drain()
+        return await _read(reader)
+    finally:
+        writer.transport.abort()
 
 
 def _encode(parts: SplitResult, api_key: str, content: object) -> bytes:

@@ -4,6 +4,7 @@ The one-token generation is the probe that tells the truth. Every question has a
 answer that cannot be understood counts as none.
 """
 
+import math
 import re
 from typing import Final
 
@@ -116,6 +117,8 @@ def parse_load(text: str) -> Load:
         try:
             number = float(value)
         except ValueError:
+            continue
+        if not math.isfinite(number):
             continue
         if name == "kv_cache_usage_perc":
             kv_usage = max(kv_usage, number)

@@ -86,8 +86,9 @@ class EngineProcess:
         if seen is None:
             raise EngineError("the engine ended while it was being started")
         file = msgspec.structs.replace(file, pid=child.pid, started_ticks=seen.started_ticks)
-        folders.write(file)
         process = cls(folders, file, child)
+        # If this fails the engine runs on: a restarted agent finds it by its mark.
+        process._write()
         process._watch_main()
         return process
 

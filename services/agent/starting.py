@@ -1,7 +1,8 @@
 """From an order, or from a state file, to a living `Engine`.
 
 Starting never raises: an engine that cannot be started is an engine that has ended, with a reason
-a person can act on. Adopting never restarts: what runs is taken over as it is.
+a person can act on, whatever stands in its order. Adopting never restarts: what runs is taken over
+as it is.
 """
 
 import secrets
@@ -46,7 +47,9 @@ class Starter:
             if order.spec.engine.kind is EngineKind.EXTERNAL:
                 return self._external(order, phase)
             return self._process(order, taken, before.port if before else 0, restarts)
-        except EngineError as error:
+        except (EngineError, OSError, ValueError, RuntimeError) as error:
+            # What an order may hold is without end (a path that may not be searched, a user that
+            # does not exist, a NUL in an argument), and no order may end the agent.
             self._tools.telemetry.engine_failures.inc()
             _log.error("engine_not_started", rid=order.rid, reason=str(error))
             return Engine(

@@ -60,7 +60,5 @@ async def test_a_proxy_that_is_no_name_is_not_reaped(door: Registry) -> None:
     await make_ready(door, await lead(door), "r0")
     await door.ledger.beat(MODEL, "px-1")
     await door.connection.command("ZADD", door.keys.model(MODEL).px, 1, BAD)
-    for _ in range(2):
-        found = await door.ledger.suspects(MODEL, grace_ms=0)
-    assert found == []
+    assert [await door.ledger.suspects(MODEL, grace_ms=0) for _ in range(2)] == [[], []]
     assert list(await door.ledger.proxies(MODEL)) == ["px-1"]
