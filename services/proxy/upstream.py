@@ -11,6 +11,8 @@ from typing import Final, NamedTuple, Protocol, cast
 import httptools
 
 BOUNDARY_HEADERS: Final = frozenset({b"content-length", b"transfer-encoding"})
+BODILESS: Final = frozenset({204, 304})
+"""Statuses of answers that end with their head."""
 
 
 class Head(NamedTuple):
@@ -145,7 +147,7 @@ class Connection(asyncio.Protocol):
         self._got_bytes = True
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserError as error:
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self.abort()
             sink.answer_lost(f"the replica's answer is not HTTP: {error}", stale=False)
             return
@@ -182,7 +184,9 @@ class Connection(asyncio.Protocol):
     # httptools' callbacks
 
     def on_message_begin(self) -> None:
-        """Begin a new answer."""
+        """Begin a new answer; raises ValueError for one that nobody asked for."""
+        if self._complete:
+            raise ValueError("it answered twice")
         self._status = 0
         self._content_type = b""
         self._retry_after = b""
@@ -199,8 +203,12 @@ class Connection(asyncio.Protocol):
             self._retry_after = value
 
     def on_headers_complete(self) -> None:
-        """Note the head, unless it is an interim one."""
+        """Note the head, unless it is an interim one; raises ValueError for no status at all."""
         status = self._parser.get_status_code()
+        if not 100 <= status <= 599:
+            raise ValueError(status)
+        if status in BODILESS:
+            self._framed = True
         if status >= 200:
             self._status = status
             self._head_due = True
