@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import re
 import subprocess
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -17,6 +18,7 @@ from tests.support.waiting import wait_until
 pytestmark = [pytest.mark.engine, pytest.mark.mesh, pytest.mark.timeout(420)]
 
 START_S = 150.0
+README = ROOT / "README.md"
 
 
 @contextlib.asynccontextmanager
@@ -44,7 +46,7 @@ async def applied(mesh: Mesh, models: Path, name: str) -> AsyncGenerator[None]:
         print(mesh.logs())  # noqa: T201 - why a model did not start stands in the engine's log
         raise
     finally:
-        done = await mesh.ask("delete", name, "--yes")
+        done = await mesh.ask("delete", name)
         assert done.code == 0, done
 
         async def gone() -> bool:
@@ -67,17 +69,19 @@ def shipped(name: str, checkpoints: Path, tmp_path: Path) -> Path:
     return path
 
 
-async def curl(*arguments: str) -> bytes:
-    """Run the real curl; it must be content."""
+async def printed_call(path: str, port: int) -> str:
+    """Run the README's curl call to `path` as it is printed there, but for the port."""
+    calls = re.findall(r"^curl (?:[^\n]*\\\n)*[^\n]*$", README.read_text(), re.MULTILINE)
+    (call,) = (call for call in calls if path in call)
     process = await asyncio.create_subprocess_exec(
-        *("curl", "--silent", "--show-error", "--fail-with-body", "--max-time", "60"),
-        *arguments,
+        *("bash", "-c"),
+        f"{call.replace(':8000', f':{port}')} --silent --show-error --fail-with-body -m 90",
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
     output, _ = await process.communicate()
-    assert process.returncode == 0, output
-    return output
+    assert process.returncode == 0, (call, output)
+    return output.decode()
 
 
 async def post(url: str, body: dict[str, Any]) -> httpx.Response:
@@ -89,17 +93,10 @@ async def post(url: str, body: dict[str, Any]) -> httpx.Response:
 async def test_tinyllama_streams_json_to_curl(
     mesh: Mesh, checkpoints: Path, tmp_path: Path
 ) -> None:
-    """The documented curl call with `stream: true` gets SSE chunks; its hub id works as well."""
+    """The README's curl call with `stream: true` gets SSE chunks; its hub id works as well."""
     async with applied(mesh, shipped("tinyllama", checkpoints, tmp_path), "tinyllama"):
-        output = await curl(
-            *("-X", "POST", f":{mesh.ports[0]}/v1/chat/tinyllama"),
-            *("-H", "Content-Type: application/json"),
-            "-d",
-            '{"messages": [{"role": "user", "content": "Tell me a story"}], "stream": true, '
-            '"max_tokens": 32}',
-            "--no-buffer",
-        )
-        events = output.decode().split("\n\n")
+        output = await printed_call("/v1/chat/tinyllama", mesh.ports[0])
+        events = output.split("\n\n")
         assert events[-2:] == ["data: [DONE]", ""]
         chunks = [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
         assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
@@ -116,14 +113,11 @@ async def test_tinyllama_streams_json_to_curl(
 async def test_gpt2_streams_plain_text_to_curl(
     mesh: Mesh, checkpoints: Path, tmp_path: Path
 ) -> None:
-    """The documented curl call with a plain prompt gets plain text from a base model."""
+    """The README's curl call with a plain prompt gets plain text from a base model."""
     async with applied(mesh, shipped("gpt2", checkpoints, tmp_path), "gpt2"):
-        output = await curl(
-            *("-X", "POST", f":{mesh.ports[0]}/v1/chat/gpt2?max_tokens=32"),
-            *("-H", "Content-Type: text/plain", "-d", "The future of AI is", "--no-buffer"),
-        )
-        assert output.decode().strip()
-        assert b"data:" not in output
+        output = await printed_call("/v1/chat/gpt2", mesh.ports[0])
+        assert output.strip()
+        assert "data:" not in output
 
 
 async def test_phi2_answers(mesh: Mesh, checkpoints: Path, tmp_path: Path) -> None:
