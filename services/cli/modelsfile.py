@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, cast
+from urllib.parse import urlsplit
 
 import jsonschema
 import msgspec
@@ -68,15 +69,30 @@ def _parse(path: Path) -> Any:  # noqa: ANN401 - any JSON
     if len(raw) > _BIGGEST_FILE_BYTES:
         raise InvalidInputError(f"{path}: larger than 4 MiB: this is not a models file")
     try:
-        return json.loads(
+        document = json.loads(
             raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
         )
+        _check_texts(document)
     except json.JSONDecodeError as error:
         raise InvalidInputError(
             f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}"
         ) from error
     except (ValueError, RecursionError) as error:
         raise InvalidInputError(f"{path}: not JSON: {error}") from error
+    return document
+
+
+def _check_texts(value: object) -> None:
+    """Raise ValueError for text that JSON can write and no argument or path can hold."""
+    if isinstance(value, dict):
+        pairs = cast("dict[str, object]", value)
+        for part in (*pairs, *pairs.values()):
+            _check_texts(part)
+    elif isinstance(value, list):
+        for part in cast("list[object]", value):
+            _check_texts(part)
+    elif isinstance(value, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
+        raise ValueError(f"{value[:40]!r} holds NUL or half a surrogate pair, which no text has")
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -149,13 +165,28 @@ def _resolve(spec: DeploymentSpec, folder: Path) -> DeploymentSpec:
     """Make paths of weights and chat template absolute; leave what is no path here (a hub id)."""
     engine = spec.engine
     model, template = engine.model, engine.chat_template
-    if model and (folder / Path(model).expanduser()).exists():
-        model = str((folder / Path(model).expanduser()).resolve())
+    if model and _exists(folder / _expanded(model)):
+        model = str((folder / _expanded(model)).resolve())
     if template is not None:
-        template = str((folder / Path(template).expanduser()).resolve())
+        template = str((folder / _expanded(template)).resolve())
     return msgspec.structs.replace(
         spec, engine=msgspec.structs.replace(engine, model=model, chat_template=template)
     )
+
+
+def _expanded(path: str) -> Path:
+    """Replace `~` by a home; that of a user who does not exist stays, and is found missing."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # too long for a path, or in a folder that we may not search
+        return False
 
 
 def _meaning_problems(specs: Mapping[int, DeploymentSpec]) -> Iterator[str]:
@@ -192,10 +223,11 @@ def _engine_problems(engine: EngineSpec) -> Iterator[str]:
             yield "urls: an external deployment needs the URL of at least one server"
         if len(set(engine.urls)) < len(engine.urls):
             yield "urls: expected each URL once"
+        yield from (f"urls: {url!r} is no URL" for url in engine.urls if not _is_url(url))
         return
     if not engine.model:
         yield "model: the hub id or path of the weights is missing"
-    elif engine.model.startswith(("/", "./", "../", "~")) and not Path(engine.model).exists():
+    elif engine.model.startswith(("/", "./", "../", "~")) and not _exists(Path(engine.model)):
         yield f"model: the path {engine.model!r} does not exist (it is relative to this file)"
     elif not engine.model.startswith("/") and engine.model.count("/") > 1:
         yield (
@@ -210,6 +242,14 @@ def _engine_problems(engine: EngineSpec) -> Iterator[str]:
     reserved = [arg for arg in engine.args if arg.split("=", 1)[0] in RESERVED_ARGUMENTS]
     if reserved:
         yield f"args: {', '.join(reserved)} is set by redmesh itself: leave it out"
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets that do not match, or a port beyond 65535
+        return False
 
 
 RESERVED_ARGUMENTS: Final = frozenset(

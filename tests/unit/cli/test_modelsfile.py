@@ -123,3 +123,23 @@ def test_a_wrong_shape_hides_no_other_problem(tmp_path: Path) -> None:
     text = _problems(tmp_path, {"models": models})
     for place in ("models[0].engine.kind", "models[1].replicas.count", "models[2].replicas.count"):
         assert place in text
+
+
+@pytest.mark.parametrize(
+    ("engine", "part"),
+    [
+        ({"model": "~no-such-user/weights"}, "engine.model: the path '~no-such-user/weights'"),
+        ({"model": "o/n", "chat_template": "~no-such-user/t"}, "there is no file"),
+        ({"model": "w" * 300 + "/a/b"}, "neither a path that exists"),
+        ({"model": "a\0b"}, "NUL"),
+        ({"model": "o/n", "args": ["\ud800"]}, "surrogate"),
+        ({"model": "o/n", "env": {"A": "\0"}}, "NUL"),
+        ({"kind": "external", "urls": ["http://h:99999"]}, "'http://h:99999' is no URL"),
+        ({"kind": "external", "urls": ["http://[bad"]}, "'http://[bad' is no URL"),
+    ],
+)
+def test_what_no_engine_could_be_given_is_refused(
+    tmp_path: Path, engine: dict[str, object], part: str
+) -> None:
+    """Text, paths and URLs that the system would refuse later are problems of the file."""
+    assert part in _problems(tmp_path, {"models": [_model(engine=engine)]})
