@@ -145,6 +145,8 @@ class Exchange:
     def try_again(self) -> None:
         """Leave the waiting room and reserve."""
         self._unhold()
+        if self._failure is None:
+            self._tried = ()  # what the table did not know, it may know now
         self._reserve()
 
     def _reserve(self) -> None:
@@ -217,14 +219,24 @@ class Exchange:
     def _dispatch(self, rid: str) -> None:
         replica = self._served.table.replicas.get(rid)
         if replica is None or not replica.url:
-            # The ledger is ahead of the table; the version in its reply has it read again.
+            # The ledger is ahead of the table (the version in its reply has it read again), or
+            # the record does not parse: who has another replica need not wait for this one.
             self._let_go()
-            self._hold(self._hold_s())
+            if rid in self._tried or not self._served.table.ready.keys() - {*self._tried}:
+                self._hold(self._hold_s())
+            else:
+                self._tried = (*self._tried, rid)
+                self._reserve()
             return
         self.rid = rid
         self.gen = replica.gen
-        self._endpoint = self._fleet.endpoints.of(replica)
         self._fresh_only = False
+        try:
+            self._endpoint = self._fleet.endpoints.of(replica)
+        except ValueError as error:
+            self._endpoint = None
+            self._failed(Failure.CONNECT, f"its URL makes no sense: {error}")
+            return
         self._send()
 
     def _send(self) -> None:

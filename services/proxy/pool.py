@@ -92,8 +92,8 @@ class Endpoint:
                 )
         except TimeoutError:
             connected(None, f"no connection within {self._connect_timeout_s:g} s")
-        except OSError as error:
-            connected(None, error.strerror or str(error))
+        except (OSError, UnicodeError) as error:
+            connected(None, getattr(error, "strerror", None) or str(error))
         else:
             connected(connection, "")
 

@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.waiting import wait_until
 from tests.unit.proxy.engine import Engine, Exchanged
-from tests.unit.proxy.rig import Rig
+from tests.unit.proxy.rig import Rig, replica
 
 PATIENCE_S = 5.0
 
@@ -48,4 +48,40 @@ async def test_answer_without_a_body(status: int) -> None:
         answer = await asyncio.wait_for(rig.chat(), PATIENCE_S)
         assert answer.status_code == status
         assert len(engine.seen) == 1
+        await wait_until(rig.idle)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://127.0.0.1:99999", "http://127.0.0.1:x", f"http://{'x' * 80}:80", "http://[::1:80"],
+)
+async def test_url_that_makes_no_sense(url: str) -> None:
+    """A replica whose URL makes no sense cannot be reached: another one answers, all at once."""
+    async with Engine() as engine, Rig(engine) as rig:
+        rig.change(replica("demo-0", url), replica("demo-1", engine.url))
+        calls = [rig.chat() for _ in range(4)]
+        answers = await asyncio.wait_for(asyncio.gather(*calls), PATIENCE_S)
+        assert {answer.status_code for answer in answers} == {200}
+        await wait_until(rig.idle)
+
+
+async def test_replica_that_the_table_lacks() -> None:
+    """While the ledger offers a replica whose record does not parse, the others serve."""
+    async with Engine() as engine, Rig(engine) as rig:
+        rig.ledger.ready = {"ghost": replica("ghost", ""), "demo-0": rig.replicas[0]}
+        for _ in range(3):
+            answer = await asyncio.wait_for(rig.chat(), PATIENCE_S)
+            assert answer.status_code == 200
+        await wait_until(rig.idle)
+
+
+async def test_replica_that_the_table_learns_of() -> None:
+    """A request that was offered a replica before the table had it gets it as soon as it has."""
+    async with Engine() as engine, Rig() as rig:
+        rig.ledger.ready = {"demo-0": replica("demo-0", engine.url)}
+        call = asyncio.create_task(rig.chat())
+        await wait_until(lambda: rig.served.room.waiting == 1)
+        rig.change(replica("demo-0", engine.url))
+        answer = await asyncio.wait_for(call, PATIENCE_S)
+        assert answer.status_code == 200
         await wait_until(rig.idle)
