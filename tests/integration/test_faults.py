@@ -16,6 +16,7 @@ import pytest
 from shared.models.host import MemberKind
 from shared.models.replica import Replica
 from shared.registry import Registry
+from shared.registry.ledger import Reserve
 from tests.support.mesh import Mesh, ready_replicas, sim_model, start, write_models
 from tests.support.streams import Load, Report
 from tests.support.verdicts import Outcome
@@ -251,6 +252,20 @@ async def test_redis_may_be_killed_and_come_back_with_its_data(running: Mesh) ->
     report = trial.report()
     assert (report.ok, report.retried) == (report.count, 0)
     trial.same_engines()
+
+
+async def test_audit_tells_of_a_reservation_that_nobody_works_on(running: Mesh) -> None:
+    """A leak made on purpose is found and named by `redmesh audit`, and then heals by itself."""
+    async with running.registry() as registry:
+        await wait_until(lambda: whole(running, registry), timeout_s=30, what="the mesh is whole")
+        await wait_until(lambda: empty(registry), what="the ledger is empty")
+        await registry.ledger.batch(MODEL, "px-ghost", [Reserve("leaked", 100, 0)])
+        audit = await running.ask("audit")
+        assert audit.code == 1, audit
+        assert "px-ghost" in audit.out + audit.err, audit
+        await wait_until(lambda: empty(registry), timeout_s=AUDIT_BOUND_S, what="it heals")
+        audit = await running.ask("audit")
+        assert audit.code == 0, audit
 
 
 async def trial_events(mesh: Mesh, rid: str) -> list[str]:
