@@ -73,7 +73,7 @@ def peek(body: bytes) -> Peek:
         raise RefusedError(
             refusals.bad_field("body", "the request body must be a JSON object")
         ) from None
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise RefusedError(refusals.not_json(str(error))) from None
 
 
@@ -109,7 +109,7 @@ def with_model(body: bytes, model: str) -> bytes:
     """Set the model of a body; every other field keeps its bytes."""
     try:
         fields = _FIELDS.decode(body)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise RefusedError(refusals.not_json(str(error))) from None
     fields["model"] = msgspec.Raw(msgspec.json.encode(model))
     return msgspec.json.encode(fields)
@@ -148,7 +148,7 @@ def text_request(model: str, body: bytes, query: bytes) -> bytes:
             if not math.isfinite(number):
                 raise ValueError(value)  # noqa: TRY301 - JSON has no such numbers: as if no number
             request[name] = number
-        except ValueError:
+        except (ValueError, OverflowError):
             wanted = "a whole number" if kind is int else "a number"
             raise RefusedError(
                 refusals.bad_field(name, f"{name}={value[:40]!r}: give {wanted}")

@@ -38,6 +38,8 @@ async def test_routes_reach_the_replica(route: Route) -> None:
         (b'{"model": "nope"}', "application/json", 404, "model_not_found", "model"),
         (b'{"model": "demo"}', "text/html", 415, "unsupported_media_type", "content-type"),
         (b'{"model": "demo"}', "", 415, "unsupported_media_type", "content-type"),
+        (b'{"x":' + b"[" * 3000, "application/json", 400, "invalid_json", None),
+        (b'{"model":' + b"[" * 3000, "application/json", 400, "invalid_json", None),
         (b"x" * 5000, "application/json", 413, "body_too_large", None),
     ],
 )
@@ -179,6 +181,8 @@ async def test_path_addressed_without_model_in_body() -> None:
         ("/v1/chat/demo", b"{", "application/json", 400),
         ("/v1/chat/demo?max_tokens=many", b"hi", "text/plain", 400),
         ("/v1/chat/demo?temperature=nan", b"hi", "text/plain", 400),
+        (f"/v1/chat/demo?seed={'1' * 400}", b"hi", "text/plain", 400),
+        ("/v1/chat/demo", b'{"x":' + b"[" * 3000, "application/json", 400),
         ("/v1/chat/demo?colour=blue", b"hi", "text/plain", 400),
     ],
 )
