@@ -35,6 +35,11 @@ from shared.registry import Registry, open_registry
 _log = structlog.get_logger(__name__)
 
 RECONNECT_S: Final = 1.0
+LOCK_FILE: Final = "agent.lock"
+"""Locked by the agent of a state directory; holds when that agent began (ms)."""
+NAMESAKE_POLL_S: Final = 0.2
+NAMESAKE_BEATS: Final = 2.5
+"""An agent that has not beaten for so many intervals is no other agent any more."""
 
 
 class Agent:
@@ -45,6 +50,7 @@ class Agent:
     ) -> None:
         self._settings = settings
         self._clock = clock
+        self._state_dir = state_dir
         self._telemetry = Telemetry()
         self._wake = asyncio.Event()
         self._loops = Loops()
@@ -85,6 +91,7 @@ class Agent:
     async def _serve(self, stop: asyncio.Event) -> None:
         adopted = self.keeper.adopt_all()
         await self._connect(alone=adopted == 0)
+        await self._claim_name()
         async with self._admin() as admin:
             member = self._member(admin.url)
             _log.info(
@@ -126,6 +133,40 @@ class Agent:
             _log.warning("redis_away", error=str(error), effect="watching over adopted engines")
             return
         self.keeper.connect(self._registry)
+
+    async def _claim_name(self) -> None:
+        """Raise `EngineError` when another agent is this host already.
+
+        Two would be worse than none: each calls the other's engines dead, as it finds no process.
+        The agent that held this state directory before has ended, since its lock is ours: there is
+        nothing to wait for. Any other shows by its next beat whether it lives.
+        """
+        lock = self._state_dir / LOCK_FILE
+        before = lock.read_text()
+        lock.write_text(f"{self._started_ms}")
+        if self._registry is None:
+            return
+        field = f"{MemberKind.AGENT}:{self._host.host}"
+        silence_ms = NAMESAKE_BEATS * 1000 * self._settings.beat_interval_s
+        last_ms = 0
+        while True:
+            try:
+                seen = (await self._registry.fleet.members()).get(field)
+            except RegistryError as error:
+                _log.warning("name_not_checked", error=str(error))
+                return
+            if seen is None or f"{seen.member.started_ms}" == before:
+                return
+            if seen.seen_ms_ago > silence_ms:
+                return
+            if seen.seen_ms_ago < last_ms:
+                raise EngineError(
+                    f"another agent is the host {self._host.host!r} already (pid "
+                    f"{seen.member.pid} there, {seen.member.admin_url}): stop it, or give this "
+                    "one a name of its own by REDMESH_HOST_NAME"
+                )
+            last_ms = seen.seen_ms_ago
+            await asyncio.sleep(NAMESAKE_POLL_S)
 
     async def _connect_later(self) -> None:
         while self._registry is None:
@@ -203,7 +244,7 @@ def only_agent_of(state_dir: Path) -> Generator[None]:
     """
     try:
         state_dir.mkdir(parents=True, exist_ok=True)
-        lock = os.open(state_dir / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        lock = os.open(state_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
     except OSError as error:
         raise EngineError(
             f"state_dir {str(state_dir)!r} cannot be written: {error.strerror}; "

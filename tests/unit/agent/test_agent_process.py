@@ -371,6 +371,20 @@ async def test_second_agent_on_one_state_dir_is_refused(
     assert b"another agent" in second.log.read_bytes()
 
 
+async def test_second_agent_of_one_host_name_is_refused(
+    fleet: Fleet, start_agent: StartAgent
+) -> None:
+    """An agent does not become a host that another one is: that one's replicas stay READY."""
+    start_agent()
+    await fleet.create("m-1", spec())
+    await fleet.becomes("m-1", S.READY)
+    before = await fleet.known("m-1")
+    second = start_agent("namesake")
+    assert second.wait() == 1
+    assert b"REDMESH_HOST_NAME" in second.log.read_bytes()
+    assert await fleet.known("m-1") == before
+
+
 async def test_admin_port_tells_what_runs(fleet: Fleet, start_agent: StartAgent) -> None:
     """The member record leads to health, metrics and the live table of engines."""
     start_agent()
