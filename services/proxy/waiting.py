@@ -45,6 +45,8 @@ class WaitingRoom:
     def left(self) -> None:
         """Note that one waits no more; the waiter itself says so by `held`."""
         self.waiting -= 1
+        if not self.waiting:
+            self._heap.clear()  # only those that left: with their bodies they would stay for ever
 
     def wake(self, number: int) -> None:
         """Let the first `number` try again."""

@@ -1,7 +1,9 @@
 """The pure rules: retry, budgets, breakers, cost, waiting, and reading of requests and streams."""
 
 import asyncio
+import gc
 import json
+import weakref
 
 import pytest
 from hypothesis import given
@@ -170,6 +172,19 @@ def test_waiting_keeps_its_order() -> None:
     waiters["b"].held = False
     room.wake_all()
     assert turns == ["a", "a", "c"]
+
+
+def test_waiting_room_forgets_who_left() -> None:
+    """When nobody waits any more, nothing is kept of those that gave up."""
+    room = WaitingRoom()
+    waiter = Waits("a", [])
+    gone = weakref.ref(waiter)
+    room.enter(room.ticket(), waiter)
+    waiter.held = False
+    room.left()
+    del waiter
+    gc.collect()
+    assert gone() is None
 
 
 def test_peek_reads_only_what_matters() -> None:
