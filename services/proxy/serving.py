@@ -70,6 +70,7 @@ class Served:
         self.ejected: dict[str, ReplicaBreaker] = {}
         """Replicas to avoid: nearly always empty, so that a request looks at none of thousands."""
         self.finished_per_s = 0.0
+        self._loop = asyncio.get_running_loop()
         self._finished = 0
         self._rated_s = now_s
         self._retried_s = now_s
@@ -90,7 +91,8 @@ class Served:
         """Note that a request has ended: whoever waits first may have its place."""
         self._finished += 1
         if self.room.waiting:
-            self.room.wake(1)
+            # Not from here: whoever is woken may end at once, and wake the next from within.
+            self._loop.call_soon(self.room.wake, 1)
 
     def sweep(self, now_s: float) -> None:
         """End what is overdue; measure the rate at which requests end."""

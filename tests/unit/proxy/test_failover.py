@@ -205,6 +205,21 @@ async def test_scaled_to_zero() -> None:
         assert "redmesh scale demo" in answer.json()["error"]["message"]
 
 
+async def test_scaled_to_zero_with_many_waiting() -> None:
+    """However many wait when their model is scaled to zero while Redis is away, all are told."""
+    async with Rig() as rig:
+        body = json.dumps(chat()).encode()
+        clients = [await rig.raw(body) for _ in range(150)]
+        await wait_until(lambda: rig.served.room.waiting == len(clients))
+        for _ in range(3):
+            rig.served.reservations.breaker.errored(0.0)
+        rig.table.wanted = 0
+        for reader, writer in clients:
+            assert b" 503 " in await asyncio.wait_for(reader.readuntil(b"\r\n"), 5)
+            writer.close()
+        await wait_until(rig.idle)
+
+
 async def test_full_replicas() -> None:
     """A request waits while all replicas are full, and gets the first place that becomes free."""
     go = asyncio.Event()
