@@ -18,7 +18,9 @@ from shared.models.deployment import DeploymentSpec
 _QUESTION = "What is redmesh?"
 
 
-def block(state: StateDir, mesh: Mesh, specs: Sequence[DeploymentSpec]) -> str:
+def block(
+    state: StateDir, mesh: Mesh, specs: Sequence[DeploymentSpec], key_prefix: str = "redmesh"
+) -> str:
     """Write the whole block."""
     names = ", ".join(spec.name for spec in specs)
     lines = ["", f"redmesh is ready: {names} behind {' and '.join(mesh.proxy_urls)}", ""]
@@ -27,7 +29,7 @@ def block(state: StateDir, mesh: Mesh, specs: Sequence[DeploymentSpec]) -> str:
     first = next((spec for spec in specs if spec.engine.runner == "generate"), None)
     if first is not None:
         lines += _openai(mesh, first.name)
-    lines += _redis(state, mesh, specs[0].name)
+    lines += _redis(state, mesh, f"{key_prefix}:{{{specs[0].name}}}", f"{key_prefix}:{{ctl}}")
     lines += _operate(state, mesh, specs[0])
     return "\n".join(lines)
 
@@ -90,12 +92,12 @@ def _openai(mesh: Mesh, model: str) -> list[str]:
     ]
 
 
-def _redis(state: StateDir, mesh: Mesh, model: str) -> list[str]:
+def _redis(state: StateDir, mesh: Mesh, model: str, fleet: str) -> list[str]:
     """Write redis-cli lines; without one on PATH, or for a foreign Redis, our own command."""
     commands = (
-        (f"HGETALL 'redmesh:{{{model}}}:nreq'", "requests in flight on each replica"),
-        (f"ZRANGE 'redmesh:{{{model}}}:ready' 0 -1 WITHSCORES", "who is chosen next"),
-        ("XREVRANGE 'redmesh:{ctl}:events' + - COUNT 3", "what happened last"),
+        (f"HGETALL '{model}:nreq'", "requests in flight on each replica"),
+        (f"ZRANGE '{model}:ready' 0 -1 WITHSCORES", "who is chosen next"),
+        (f"XREVRANGE '{fleet}:events' + - COUNT 3", "what happened last"),
     )
     if mesh.redis_port and shutil.which("redis-cli"):
         lines = [

@@ -164,6 +164,7 @@ class _Run:
         self._supervisor = supervisor
         self._options = options
         self._interrupted = interrupted
+        self._key_prefix = ""
 
     def serve(self, specs: list[DeploymentSpec]) -> int:
         """Bring it up, print what to try, and unless detached wait for the end."""
@@ -178,7 +179,7 @@ class _Run:
         if self._interrupted.is_set():
             self._stop()
             return 130
-        print(farewell.block(self._state, self._mesh, specs))
+        print(farewell.block(self._state, self._mesh, specs, self._key_prefix))
         sys.stdout.flush()
         return 0 if self._options.detach else self._wait()
 
@@ -188,6 +189,7 @@ class _Run:
             "fleet_secret": Secret(""),
         }
         common = settings.load(CommonSettings, os.environ, overrides)
+        self._key_prefix = common.key_prefix
         with shower() as show:
             starter = Starter(self._state, self._mesh, common, self._supervisor, show)
             starting = asyncio.ensure_future(starter.start(specs, self._options.timeout_s))

@@ -186,6 +186,9 @@ def test_the_last_block_names_every_proxy_and_quotes_braces(state: StateDir) -> 
         assert f"'http://127.0.0.1:{port}/v1/chat/m?max_tokens=64'" in text
     assert "'redmesh:{m}:nreq'" in text
     assert "hunter2" not in text
+    other = farewell.block(state, _mesh(), [_spec()], "other")
+    assert all(key in other for key in ("'other:{m}:nreq'", "'other:{ctl}:events'"))
+    assert "'redmesh:" not in other
 
 
 def test_the_last_block_does_without_redis_cli(
