@@ -8,13 +8,14 @@ import asyncio
 import contextlib
 import logging
 import socket
+from collections import deque
 from collections.abc import Generator
 from http import HTTPStatus
 from typing import Any, Final, cast
 
 import uvicorn
 from litestar import Litestar
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from services.proxy.refusals import Refusal
 from services.proxy.settings import ProxySettings
@@ -23,6 +24,8 @@ from shared.errors import RedmeshError
 SWEEP_S: Final = 1.0
 LINGER_S: Final = 30.0
 BACKLOG: Final = 4096
+IDLE_SLACK_S: Final = 2.0
+"""uvicorn closes an idle connection politely; this much later it is cut."""
 STOP_S: Final = 5.0
 """After answers were ended at the drain deadline, their last bytes get this long."""
 
@@ -68,7 +71,12 @@ class LimitedProtocol(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - uvicorn's own
         super().__init__(*args, **kwargs)
         self._head_bytes = 0
+        self._unparsed_bytes = 0
+        self._in_head = False
         self._too_large = False
+        self._unanswered: deque[RequestResponseCycle] = deque()
+        self._idle_cycle: RequestResponseCycle | None = None
+        self._idle_since_s = 0.0
         self.head_since_s: float | None = None
         self.closing_since_s: float | None = None
         self.stalled_since_s: float | None = None
@@ -78,9 +86,31 @@ class LimitedProtocol(HttpToolsProtocol):
         super().connection_made(cast("asyncio.Transport", transport))
         self.head_since_s = self.loop.time()
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Tell every request of this connection; uvicorn tells the last one only."""
+        for cycle in self._unanswered:
+            if not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
+        self._unanswered.clear()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse, and measure a head of which the parser has not shown anything yet."""
+        in_head = self._in_head
+        super().data_received(data)
+        if not (in_head and self._in_head):
+            self._unparsed_bytes = 0
+            return
+        self._unparsed_bytes += len(data)
+        if self._unparsed_bytes > self.limits.max_header_bytes and not self.transport.is_closing():
+            self._too_large = True
+            self.send_400_response("")
+
     def on_message_begin(self) -> None:
         """Begin to measure a head."""
         super().on_message_begin()
+        self._in_head = True
         self._head_bytes = 0
         if self.head_since_s is None:
             self.head_since_s = self.loop.time()
@@ -97,8 +127,12 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Stop waiting for the head."""
+        self._in_head = False
         self.head_since_s = None
         super().on_headers_complete()
+        while self._unanswered and self._unanswered[0].response_complete:
+            self._unanswered.popleft()
+        self._unanswered.append(self.cycle)
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - ours says more
         """Refuse in our own shape."""
@@ -138,7 +172,22 @@ class LimitedProtocol(HttpToolsProtocol):
         if since_s is not None and now_s - since_s > self.limits.client_stall_timeout_s:
             return True
         since_s = self.head_since_s
-        return since_s is not None and now_s - since_s > self.limits.header_timeout_s
+        if since_s is not None:
+            return now_s - since_s > self.limits.header_timeout_s
+        return self._idle_for_s(now_s) > self.limits.client_keep_alive_s + IDLE_SLACK_S
+
+    def _idle_for_s(self, now_s: float) -> float:
+        """Say for how long nothing has been asked, whatever bytes still came.
+
+        uvicorn's own timer ends with the next byte, such as the rest of a refused body.
+        """
+        cycle = cast("RequestResponseCycle | None", self.cycle)
+        if cycle is None or not cycle.response_complete:
+            return 0.0
+        if cycle is not self._idle_cycle:
+            self._idle_cycle = cycle
+            self._idle_since_s = now_s
+        return now_s - self._idle_since_s
 
     def _grow(self, size: int) -> None:
         self._head_bytes += size

@@ -1,0 +1,71 @@
+"""Clients that speak HTTP oddly: nothing of theirs stays, and nothing grows without a bound."""
+
+import asyncio
+import contextlib
+import json
+
+from tests.support.waiting import wait_until
+from tests.unit.proxy.engine import Engine, Exchanged
+from tests.unit.proxy.rig import Rig, chat
+
+PATIENCE_S = 5.0
+PIECE = b"y" * 65536
+
+
+async def test_header_without_an_end() -> None:
+    """A header that never ends is cut off by its size, long before its deadline."""
+    async with Rig() as rig:
+        reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)
+        writer.write(b"POST / HTTP/1.1\r\nx: ")
+        sent_bytes = 0
+        with contextlib.suppress(ConnectionError):
+            while sent_bytes < 16 << 20:
+                writer.write(PIECE)
+                await writer.drain()
+                sent_bytes += len(PIECE)
+        assert sent_bytes < 16 << 20
+        with contextlib.suppress(ConnectionError):
+            assert b" 431 " in await asyncio.wait_for(reader.read(100), PATIENCE_S)
+        writer.close()
+
+
+async def test_rest_of_a_refused_body() -> None:
+    """The body that still comes after a refusal does not keep its connection for ever."""
+    async with Rig(client_keep_alive_s=1) as rig:
+        sweep = asyncio.create_task(rig.server.sweep_connections())
+        reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)
+        writer.write(
+            b"POST /v1/chat/zzz HTTP/1.1\r\nhost: x\r\ncontent-type: text/plain\r\n"
+            b"content-length: 9\r\n\r\n"
+        )
+        await reader.readuntil(b"model_not_found")
+        writer.write(b"x")  # uvicorn stops its timer here
+        await wait_until(lambda: not rig.server.server_state.connections)
+        writer.close()
+        sweep.cancel()
+
+
+async def test_client_of_two_requests_leaves() -> None:
+    """A client that sent another request behind a stream, and leaves, ends the stream."""
+    enough = asyncio.Event()
+
+    async def endless(exchanged: Exchanged) -> None:
+        await exchanged.begin_stream()
+        while not exchanged.writer.is_closing() and not enough.is_set():
+            await exchanged.text("Hello")
+            await asyncio.sleep(0)
+
+    async with Engine(endless) as engine, Rig(engine) as rig:
+        body = json.dumps(chat(stream=True)).encode()
+        reader, writer = await rig.raw(body)
+        await reader.readuntil(b"Hello")
+        connection = next(iter(rig.server.server_state.connections))
+        writer.write(
+            b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n"
+            b"content-type: application/json\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body)
+        )
+        await wait_until(lambda: getattr(connection, "pipeline", None))
+        writer.transport.abort()
+        await wait_until(rig.idle)
+        enough.set()
+        assert len(engine.seen) == 1
