@@ -6,6 +6,7 @@ generation it saw, and a lost race is read and decided again.
 
 import getpass
 import os
+import shlex
 import socket
 from collections.abc import Callable
 from enum import StrEnum
@@ -107,7 +108,8 @@ async def check_names(registry: Registry, specs: list[DeploymentSpec]) -> None:
 async def declare(registry: Registry, spec: DeploymentSpec) -> Change:
     """Declare one deployment."""
     for _ in range(_TRIES):
-        current = (await registry.fleet.deployments()).get(spec.name)
+        deployments = await registry.fleet.deployments()
+        current = deployments.get(spec.name)
         now_ms = await registry.replicas.server_time_ms()
         change, wanted = changed(current, spec, at_ms=now_ms, by=author())
         if change is Change.UNCHANGED:
@@ -116,6 +118,8 @@ async def declare(registry: Registry, spec: DeploymentSpec) -> Change:
         if await registry.fleet.declare(spec.name, wanted, seen):
             await _tell(registry, spec.name, f"Deployment{change.capitalize()}", f"{change}")
             return change
+        if spec.name in deployments.corrupt:
+            raise _unreadable(registry, spec.name)
     raise RedmeshError(f"{spec.name} is being changed by somebody else: try again")
 
 
@@ -139,8 +143,18 @@ async def find(registry: Registry, model: str) -> Deployment:
     for name, deployment in deployments.items():
         if not deployment.deleted and model in (name, *deployment.spec.aliases):
             return deployment
+    if model in deployments.corrupt:
+        raise _unreadable(registry, model)
     known = ", ".join(sorted(deployments)) or "none"
     raise NotFoundError(f"there is no deployment {model!r}; declared are: {known}")
+
+
+def _unreadable(registry: Registry, model: str) -> RedmeshError:
+    remove = shlex.join(("redmesh", "redis", "--", "HDEL", registry.keys.fleet.deployments, model))
+    return RedmeshError(
+        f"what is stored of {model} does not parse: a newer release or something else wrote it. "
+        f"Use that release, or remove it with `{remove}` and apply again"
+    )
 
 
 async def _tell(registry: Registry, model: str, kind: str, what: str) -> None:

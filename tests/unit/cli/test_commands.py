@@ -172,6 +172,20 @@ def test_a_deleted_deployment_can_be_declared_again(do: Do, models: Path) -> Non
     assert do("apply", "-f", str(models))[1] == "deployment/tiny created, 2 replicas\n"
 
 
+def test_a_deployment_of_a_newer_release_is_named_with_the_remedy(
+    do: Do, models: Path, key_prefix: str
+) -> None:
+    """What is stored and cannot be read is not overwritten; how to remove it is said, and works."""
+    key, stored = f"{key_prefix}:{{ctl}}:deployments", '{"generation": 5, "spec": {"future": 1}}'
+    assert do("redis", "--", "HSET", key, "tiny", stored)[0] == 0
+    for arguments in (("apply", "-f", str(models)), ("scale", "tiny", "1")):
+        code, _, err = do(*arguments)
+        assert code == 1
+        assert f"HDEL '{key}' tiny" in err
+    assert do("redis", "--", "HDEL", key, "tiny")[0] == 0
+    assert do("apply", "-f", str(models))[0] == 0
+
+
 def test_get_lists_every_kind(do: Do, models: Path, fill: Callable[..., None]) -> None:
     """Each kind is listed as a table and as JSON, in singular and plural."""
     do("apply", "-f", str(models))
