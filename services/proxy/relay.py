@@ -20,7 +20,8 @@ from services.proxy.upstream import Head
 
 UNARY_BUFFER_BYTES: Final = 8 << 20
 """An answer that is not a stream is held back up to this size; beyond it, it is passed on as it
-comes, and can no longer be fetched again."""
+comes, and can no longer be fetched again. One that ends with its connection is held back whole:
+only its JSON tells whether it was cut."""
 
 _EVENT_STREAM: Final = b"text/event-stream"
 _COMPLETION_TOKENS: Final = b'"completion_tokens":'
@@ -87,7 +88,7 @@ class Relay:
         self._held_bytes += len(data)
         if complete:
             return self._whole(b"".join(self._held))
-        if self._held_bytes > UNARY_BUFFER_BYTES:
+        if self._held_bytes > UNARY_BUFFER_BYTES and self._head.framed:
             self._start()
             self._client.write(b"".join(self._held), more=True)
             self._held.clear()

@@ -205,3 +205,18 @@ async def test_answer_until_close() -> None:
         answer = await rig.chat()
         assert answer.json() == {"ok": True}
         await wait_until(rig.idle)
+
+
+async def test_large_answer_until_close_that_is_cut() -> None:
+    """A large answer that ends with its connection, in the middle, is no success."""
+
+    async def cut(exchanged: Exchanged) -> None:
+        await exchanged.head(200, "application/json", "connection: close")
+        exchanged.writer.write(b"[" + b"1," * (5 << 20))
+        await exchanged.writer.drain()
+        exchanged.writer.close()
+
+    async with Engine(cut) as engine, Rig(engine, max_tries=1) as rig:
+        answer = await rig.chat()
+        assert answer.status_code == 502
+        await wait_until(rig.idle)
