@@ -15,7 +15,7 @@ import structlog
 
 from services.proxy.table import Tables
 from services.proxy.tablefile import TableFile
-from shared.errors import RegistryError
+from shared.errors import CorruptRecordError, RegistryError
 from shared.models.deployment import Deployment
 from shared.models.routing import Snapshot
 from shared.registry.routes import RouteHint, RoutesReset
@@ -114,7 +114,11 @@ class Convergence:
         """Read the catalogue once, and the snapshots of models that are new."""
         unread = self._tables.apply_catalogue(await self._catalogue.deployments())
         for model in unread:
-            await self._read(model)
+            try:
+                await self._read(model)
+            except CorruptRecordError as error:
+                # One model's trouble: the others are served, and it is read again next time.
+                _log.error("model_not_read", model=model, error=str(error))
         self._tables.catalogued = True
 
     async def run_snapshots(self) -> None:

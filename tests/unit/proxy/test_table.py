@@ -11,7 +11,7 @@ import pytest
 from services.proxy.convergence import Convergence
 from services.proxy.table import Tables, choose_least_own
 from services.proxy.tablefile import TableFile
-from shared.errors import RegistryUnavailableError
+from shared.errors import CorruptRecordError, RegistryUnavailableError
 from shared.lifecycle import Loops
 from shared.models.deployment import Deployment
 from shared.models.replica import Replica, ReplicaState
@@ -246,3 +246,24 @@ async def test_hint_of_an_unknown_model_reads_the_catalogue() -> None:
         world.queue.put_nowait(RouteHint(model="new", prev=0, ver=1, rid="x", replica=None))
         # The snapshot of the new model is of another model here; that it is asked for is enough.
         await wait_until(lambda: tables.get("new") is not None, timeout_s=1.2)
+
+
+class HalfCorrupt(World):
+    """A registry in which somebody else's data lies in a key of the first model."""
+
+    async def snapshot(self, model: str) -> Snapshot:
+        """Read a snapshot."""
+        if model == "broken":
+            raise CorruptRecordError("foreign data", key="replicas")
+        return await super().snapshot(model)
+
+
+async def test_foreign_data_of_one_model() -> None:
+    """A model whose keys hold foreign data keeps no other from being served."""
+    world = HalfCorrupt()
+    world.models = {"broken": deployment("broken"), MODEL: deployment()}
+    tables, convergence = converging(world)
+    await convergence.read_catalogue()
+    table = tables.get(MODEL)
+    assert table is not None
+    assert (list(table.ready), tables.catalogued) == (["a"], True)
