@@ -24,6 +24,7 @@ from services.proxy.relay import Relay, Step
 from services.proxy.retry import (
     CONNECTION_LEVEL,
     PAUSE_S,
+    STALE_S,
     UNSENT,
     Failure,
     Situation,
@@ -299,7 +300,7 @@ class Exchange:
         self._connection = None
         if self._phase is Phase.ANSWERING:
             self._break(f"the replica's connection ended ({reason})")
-        elif stale and not self._fresh_only:
+        elif stale and not self._fresh_only and self._fleet.now_s() - self._heard_s < STALE_S:
             # The replica closed an idle connection while the request was on its way.
             self._fresh_only = True
             self._sent_tries -= 1

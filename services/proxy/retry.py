@@ -16,6 +16,9 @@ ENGINE_DEAD: Final = b"EngineCore encountered an issue"
 BUDGET_RATIO: Final = 0.1
 BUDGET_FLOOR: Final = 100.0
 PAUSE_S: Final = 1.0
+STALE_S: Final = 1.0
+"""A reused connection that ends this soon without a byte was closed before the request came; one
+that ends later carried the request to a replica that died of it, perhaps."""
 
 
 class Failure(Enum):

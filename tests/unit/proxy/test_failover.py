@@ -149,6 +149,22 @@ async def test_stale_connection() -> None:
         await wait_until(rig.idle)
 
 
+async def test_poison_on_kept_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that kills replicas is given up after three, over kept connections too."""
+    monkeypatch.setattr("services.proxy.exchange.STALE_S", 0.0)  # each replica dies after a while
+    async with Engine() as a, Engine() as b, Engine() as c, Engine() as d, Rig(a, b, c, d) as rig:
+        engines = (a, b, c, d)
+        while not all(engine.connections for engine in engines):
+            await asyncio.gather(*(rig.chat() for _ in engines))
+        for engine in engines:
+            engine.behave = drop
+            engine.seen.clear()
+        answer = await rig.chat()
+        assert answer.json()["error"]["code"] == "replica_failed"
+        assert sum(len(engine.seen) for engine in engines) == 3
+        await wait_until(rig.idle)
+
+
 async def test_single_replica_replaced() -> None:
     """With one replica, its requests outlive its death: they go on when its successor is READY."""
     silence = asyncio.Event()
