@@ -8,17 +8,20 @@ import asyncio
 import contextlib
 import logging
 import socket
+import sys
 from collections import deque
 from collections.abc import Generator
 from http import HTTPStatus
 from typing import Any, Final, cast
 
+import httptools
 import uvicorn
 from litestar import Litestar
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from services.proxy.refusals import Refusal
 from services.proxy.settings import ProxySettings
+from services.proxy.upstream import BOUNDARY_HEADERS
 from shared.errors import RedmeshError
 
 SWEEP_S: Final = 1.0
@@ -74,6 +77,8 @@ class LimitedProtocol(HttpToolsProtocol):
         self._unparsed_bytes = 0
         self._in_head = False
         self._too_large = False
+        self._received = self._rest = b""
+        self._resuming = False
         self._unanswered: deque[RequestResponseCycle] = deque()
         self._idle_cycle: RequestResponseCycle | None = None
         self._idle_since_s = 0.0
@@ -98,7 +103,11 @@ class LimitedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Parse, and measure a head of which the parser has not shown anything yet."""
         in_head = self._in_head
-        super().data_received(data)
+        self._received = data
+        while self._received:
+            self._rest = b""
+            super().data_received(self._received)
+            self._received = self._rest
         if not (in_head and self._in_head):
             self._unparsed_bytes = 0
             return
@@ -107,8 +116,24 @@ class LimitedProtocol(HttpToolsProtocol):
             self._too_large = True
             self.send_400_response("")
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """Go on with HTTP/1.1, where uvicorn would drop the body and all that follows.
+
+        The parser stops where another protocol would begin; a new one is told how this request's
+        body is framed, and takes the rest. Java's client asks for h2c with every first request.
+        """
+        offset = cast("httptools.HttpParserUpgrade", sys.exc_info()[1]).args[0]
+        framing = [pair for pair in self.headers if pair[0] in BOUNDARY_HEADERS]
+        self.parser = httptools.HttpRequestParser(self)
+        self._resuming = True
+        head = b"".join(b"%s: %s\r\n" % pair for pair in framing)
+        self.parser.feed_data(b"POST / HTTP/1.1\r\n%s\r\n" % head)
+        self._rest = self._received[offset:]
+
     def on_message_begin(self) -> None:
         """Begin to measure a head."""
+        if self._resuming:
+            return
         super().on_message_begin()
         self._in_head = True
         self._head_bytes = 0
@@ -117,22 +142,34 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_url(self, url: bytes) -> None:
         """Measure, then parse."""
+        if self._resuming:
+            return
         self._grow(len(url))
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Measure, then parse."""
+        if self._resuming:
+            return
         self._grow(len(name) + len(value) + 4)
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """Stop waiting for the head."""
+        if self._resuming:
+            self._resuming = False
+            return
         self._in_head = False
         self.head_since_s = None
         super().on_headers_complete()
         while self._unanswered and self._unanswered[0].response_complete:
             self._unanswered.popleft()
         self._unanswered.append(self.cycle)
+
+    def on_message_complete(self) -> None:
+        """Note the end of the body, unless the parser has merely stopped before it."""
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - ours says more
         """Refuse in our own shape."""

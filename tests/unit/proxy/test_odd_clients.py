@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import json
 
+import pytest
+
 from tests.support.waiting import wait_until
 from tests.unit.proxy.engine import Engine, Exchanged
 from tests.unit.proxy.rig import Rig, chat
@@ -69,3 +71,39 @@ async def test_client_of_two_requests_leaves() -> None:
         await wait_until(rig.idle)
         enough.set()
         assert len(engine.seen) == 1
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 40])
+async def test_client_that_offers_http2(pieces: int) -> None:
+    """A client that would rather speak HTTP/2 gets HTTP/1.1, with its body and its next request."""
+    body = json.dumps(chat(filler="x" * 1000)).encode()
+    head = (
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: Upgrade, HTTP2-Settings\r\n"
+        b"upgrade: h2c\r\nhttp2-settings: AAAA\r\ncontent-type: application/json\r\n"
+    )
+    plain = b"content-length: %d\r\n\r\n%s" % (len(body), body)
+    chunked = b"transfer-encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+    async with Engine() as engine, Rig(engine) as rig:
+        reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)
+        for number, request in enumerate((head + plain, head + chunked, head + plain), start=1):
+            size = len(request) // pieces + 1
+            for at in range(0, len(request), size):
+                writer.write(request[at : at + size])
+                await writer.drain()
+                await asyncio.sleep(0)
+            answer = await asyncio.wait_for(reader.readuntil(b'"completion_tokens": 2}}'), 5)
+            assert answer.startswith(b"HTTP/1.1 200 ")
+            assert [one.body for one in engine.seen] == [body] * number
+        writer.close()
+        await wait_until(rig.idle)
+
+
+async def test_many_offers_at_once() -> None:
+    """However many requests in one read offer another protocol, each is answered."""
+    request = b"GET /nowhere HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: x\r\n\r\n"
+    async with Rig() as rig:
+        reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)
+        writer.write(request * 400)
+        for _ in range(400):
+            await asyncio.wait_for(reader.readuntil(b"route_not_found"), PATIENCE_S)
+        writer.close()
