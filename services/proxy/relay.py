@@ -134,7 +134,8 @@ class Relay:
             self.detail = "the replica closed the connection before the end"
             return Step.BROKEN
         if data:
-            self._last = data
+            # Without framing the end is known by its words, and reads may split them.
+            self._last = data if self._head.framed else self._last[-16:] + data
         self._client.write(data, more=not complete)
         if first:
             return Step.STARTED

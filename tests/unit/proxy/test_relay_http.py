@@ -220,3 +220,25 @@ async def test_large_answer_until_close_that_is_cut() -> None:
         answer = await rig.chat()
         assert answer.status_code == 502
         await wait_until(rig.idle)
+
+
+async def test_stream_until_close_whose_end_is_split() -> None:
+    """A stream that ends with its connection is whole with its [DONE], however it is cut."""
+    go = asyncio.Event()
+
+    async def old(exchanged: Exchanged) -> None:
+        await exchanged.head(200, "text/event-stream", "connection: close")
+        exchanged.writer.write(b'data: {"choices":[]}\n\ndata: [DO')
+        await exchanged.writer.drain()
+        await go.wait()
+        exchanged.writer.write(b"NE]\n\n")
+        await exchanged.writer.drain()
+        exchanged.writer.close()
+
+    async with Engine(old) as engine, Rig(engine) as rig:
+        reader, writer = await rig.raw(json.dumps(chat(stream=True)).encode())
+        await reader.readuntil(b"[DO")
+        go.set()
+        rest = await reader.readuntil(b"0\r\n\r\n")
+        assert b"stream_broken" not in rest
+        writer.close()
