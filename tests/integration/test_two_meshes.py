@@ -6,7 +6,6 @@ import httpx
 import pytest
 
 from tests.support.mesh import left_behind, redmesh, sim_model, start, write_models
-from tests.support.waiting import wait_until_sync
 
 pytestmark = pytest.mark.mesh
 
@@ -39,20 +38,3 @@ def test_down_stops_its_own_mesh_and_no_other(tmp_path: Path) -> None:
         gone = stopped.redmesh("get", "deployments")
         assert gone.code == 1, gone
         assert "no mesh runs from" in gone.err
-
-
-def test_down_cleans_up_after_a_killed_supervisor(tmp_path: Path) -> None:
-    """With supervisor and agent killed the mesh still serves, and `down` leaves nothing of it."""
-    models = write_models(tmp_path / "models.json", sim_model("blue"))
-    with start(models, proxies=1, controllers=1) as mesh:
-        supervisor = mesh.file().supervisor
-        assert supervisor is not None
-        pids = {process.pid: process for process in left_behind(mesh.mark)}
-        agent = next(name for name in mesh.file().running if name.startswith("agent-"))
-        pids[supervisor.pid].kill()
-        wait_until_sync(lambda: not pids[supervisor.pid].is_running(), what="no supervisor")
-        mesh.kill(agent)
-        assert chat(mesh.urls[0], "blue") == 200
-        done = mesh.redmesh("down", timeout_s=120)
-        assert done.code == 0, done
-        assert left_behind(mesh.mark) == []
