@@ -33,7 +33,7 @@ from shared.errors import (
     SchemaVersionError,
 )
 from shared.registry.keys import Keys
-from shared.registry.library import ScriptLibrary, ScriptSpec
+from shared.registry.loader import ScriptLibrary, ScriptSpec
 from shared.settings import CommonSettings
 
 HOT_TIMEOUT_S: Final = 0.25

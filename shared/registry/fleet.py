@@ -19,7 +19,7 @@ from shared.models.order import Order
 from shared.registry.connection import Argument, Connection
 from shared.registry.keys import HOST_PART, Keys
 from shared.registry.ledger import READ
-from shared.registry.library import ScriptSpec
+from shared.registry.loader import ScriptSpec
 from shared.registry.results import (
     Fence,
     Records,

@@ -11,7 +11,7 @@ import msgspec
 from shared.ids import check_name
 from shared.registry.connection import Connection
 from shared.registry.keys import Keys
-from shared.registry.library import ScriptSpec
+from shared.registry.loader import ScriptSpec
 from shared.registry.results import text_of, whole_number
 
 LEAD: Final = ScriptSpec(

@@ -15,7 +15,7 @@ from shared.ids import is_name
 from shared.models.routing import Beat, Lease
 from shared.registry.connection import Argument, Evaluator
 from shared.registry.keys import PROXY_PART, Keys
-from shared.registry.library import ScriptSpec
+from shared.registry.loader import ScriptSpec
 from shared.registry.results import pairs, text_of, whole_number
 
 BUSY: Final = "!BUSY"

@@ -18,7 +18,7 @@ from shared.models.replica import Replica, ReplicaState
 from shared.models.routing import Snapshot
 from shared.registry.connection import Argument, Connection
 from shared.registry.keys import Keys
-from shared.registry.library import ScriptSpec
+from shared.registry.loader import ScriptSpec
 from shared.registry.results import (
     Fence,
     Refused,

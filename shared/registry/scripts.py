@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from shared.registry.library import ScriptLibrary
+from shared.registry.loader import ScriptLibrary
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,7 +14,7 @@ from shared.models.deployment import Deployment
 from shared.models.routing import ModelSpec
 from shared.registry.connection import Argument, Connection
 from shared.registry.keys import Keys
-from shared.registry.library import ScriptSpec
+from shared.registry.loader import ScriptSpec
 from shared.registry.results import Fence, Refused, refused, whole_number
 
 WRITE: Final = ScriptSpec("spec/write", "M", ("fence", "spec", "ver"), ("OK", "FENCED"))

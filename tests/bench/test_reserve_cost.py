@@ -10,7 +10,7 @@ import redis.asyncio
 from shared.registry import Registry
 from shared.registry.connection import Connection
 from shared.registry.ledger import Release, Reserve
-from shared.registry.library import ScriptLibrary, scripts_folder
+from shared.registry.loader import ScriptLibrary, scripts_folder
 from tests.support.servers import RedisServer
 
 FEW, MANY = 10, 1000

@@ -8,7 +8,7 @@ import pytest
 from shared.registry import Registry
 from shared.registry.connection import Connection, check_schema, connect
 from shared.registry.keys import Keys
-from shared.registry.library import ScriptLibrary
+from shared.registry.loader import ScriptLibrary
 from shared.secret import Secret
 from shared.settings import CommonSettings
 from tests.support.keycheck import key_problems

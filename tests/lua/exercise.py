@@ -13,7 +13,7 @@ from shared.registry import Registry
 from shared.registry.connection import Argument, Connection
 from shared.registry.leadership import Leading
 from shared.registry.ledger import Adopt, Release, Reserve
-from shared.registry.library import ScriptSpec
+from shared.registry.loader import ScriptSpec
 from shared.registry.replicas import ReplicaBeat
 from shared.registry.results import Fence, Refused, Written
 from shared.registry.specs import spec_fields

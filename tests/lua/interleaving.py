@@ -11,7 +11,7 @@ from typing import Any
 from shared.models.replica import ReplicaState
 from shared.registry import Registry
 from shared.registry.ledger import HOT, REAP
-from shared.registry.library import ScriptSpec
+from shared.registry.loader import ScriptSpec
 from shared.registry.replicas import Replicas
 from shared.registry.results import Fence, Written
 from tests.lua.exercise import move, replica

@@ -10,7 +10,7 @@ import pytest
 from shared.models.replica import TRANSITIONS, ReplicaState
 from shared.registry import fleet, leadership, ledger, replicas, specs
 from shared.registry.keys import FLEET_KEYS, MODEL_KEYS
-from shared.registry.library import ScriptLibrary, ScriptSpec, assemble, scripts_folder
+from shared.registry.loader import ScriptLibrary, ScriptSpec, assemble, scripts_folder
 from shared.registry.scripts import main
 from tests.support.servers import RedisServer
 

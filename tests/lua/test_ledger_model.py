@@ -9,7 +9,7 @@ import redis.asyncio
 from shared.errors import RegistryError
 from shared.registry import Registry
 from shared.registry.connection import Connection
-from shared.registry.library import ScriptLibrary, scripts_folder
+from shared.registry.loader import ScriptLibrary, scripts_folder
 from tests.lua.exercise import lead
 from tests.lua.interleaving import Interleaving
 from tests.support.servers import RedisServer

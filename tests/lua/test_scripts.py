@@ -12,7 +12,7 @@ from shared.registry import Registry
 from shared.registry.connection import Argument, Connection, connect
 from shared.registry.keys import FLEET_KEYS, MODEL_KEYS, Keys
 from shared.registry.ledger import Release, Reserve
-from shared.registry.library import ScriptLibrary, ScriptSpec
+from shared.registry.loader import ScriptLibrary, ScriptSpec
 from shared.secret import Secret
 from shared.settings import CommonSettings
 from tests.lua.exercise import MODEL, Recorder, lead, make_ready, tour

@@ -36,7 +36,7 @@ from shared.registry import Registry, open_registry
 from shared.registry.connection import Connection, check_schema, connect, shown_url
 from shared.registry.keys import Keys
 from shared.registry.ledger import HOT
-from shared.registry.library import ScriptLibrary
+from shared.registry.loader import ScriptLibrary
 from shared.secret import Secret
 from shared.settings import CommonSettings
 from tests.support.servers import RedisServer, Servers, free_port
