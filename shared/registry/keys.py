@@ -44,7 +44,6 @@ FLEET_KEYS: Final = MappingProxyType(
         "hb": "zset",
         "holds": "hash",
         "events": "stream",
-        "apikeys": "hash",
         "schema": "string",
     }
 )
@@ -114,7 +113,6 @@ class FleetKeys:
     """The keys of the fleet as a whole."""
 
     __slots__ = (
-        "apikeys",
         "deployments",
         "epoch",
         "events",
@@ -139,7 +137,6 @@ class FleetKeys:
         self.hb = self.prefix + "hb"
         self.holds = self.prefix + "holds"
         self.events = self.prefix + "events"
-        self.apikeys = self.prefix + "apikeys"
         self.schema = self.prefix + "schema"
 
     def orders(self, host: str) -> str:
