@@ -18,7 +18,7 @@ import click
 from services.cli.launch import exit_code
 from services.cli.statedir import DEFAULT, StateDir
 from shared import errors, settings
-from shared.errors import InvalidInputError, NotFoundError, RegistryUnavailableError
+from shared.errors import NotFoundError, RegistryUnavailableError
 from shared.registry import Registry, open_registry
 from shared.secret import Secret
 from shared.settings import CommonSettings
@@ -145,12 +145,3 @@ def guarded(session: Session, act: Callable[[], int]) -> int:
         name = f" {error.filename}" if error.filename else ""
         print(f"redmesh:{name}: {error.strerror or error}", file=sys.stderr)
     return 1
-
-
-def check_count(text: str, field: str) -> int:
-    """Read a count from the command line."""
-    if not text.isdigit() or int(text) > 10_000:
-        raise InvalidInputError(
-            f"{field}: expected a whole number from 0 to 10000, given {text!r}", field=field
-        )
-    return int(text)

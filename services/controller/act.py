@@ -6,7 +6,6 @@ moved on since it was read: the action is dropped, and the next plan decides ane
 """
 
 from collections.abc import Callable, Iterable
-from typing import Final
 
 import msgspec
 import structlog
@@ -30,14 +29,11 @@ from services.controller.events import EventLog
 from shared.errors import LeadershipLostError
 from shared.ids import new_replica_id
 from shared.models.order import Order
-from shared.models.routing import ModelSpec
 from shared.registry import Registry
 from shared.registry.results import Fence, RefusalCode, Refused
+from shared.registry.specs import spec_fields
 
 _log = structlog.get_logger(__name__)
-
-_UNWRITTEN: Final = frozenset({"model", "epoch"})
-"""Fields of a routing spec that are not written: the key's own name, and what the script adds."""
 
 Outcome = Refused | None
 
@@ -178,15 +174,3 @@ class Actor:
             return written
         self._check()
         return await self._registry.fleet.put_order(self._fence, host, order)
-
-
-def spec_fields(spec: ModelSpec) -> dict[str, str]:
-    """Write a routing spec as the fields of its hash, readable with redis-cli."""
-    fields: dict[str, str] = {}
-    for name in spec.__struct_fields__:
-        value: object = getattr(spec, name)
-        if name not in _UNWRITTEN:
-            fields[name] = (
-                msgspec.json.encode(value).decode() if isinstance(value, tuple) else str(value)
-            )
-    return fields

@@ -89,11 +89,6 @@ class World(msgspec.Struct, frozen=True, kw_only=True):
         return self.models[replica.model].deployment.spec
 
 
-def lives(replica: Replica) -> bool:
-    """Tell whether `replica` counts towards the wanted number."""
-    return replica.state in LIVING
-
-
 def ended(replica: Replica) -> bool:
     """Tell whether `replica` has no future."""
     return replica.state in ENDED

@@ -24,7 +24,6 @@ BEAT_S: Final = 1.0
 BEAT_JITTER: Final = 0.2
 COMPARE_S: Final = 30.0
 REAP_ROUNDS: Final = 100
-FINAL_RELEASE_S: Final = 1.0
 
 _log = structlog.get_logger(__name__)
 

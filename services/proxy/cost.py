@@ -35,11 +35,6 @@ class OutputEstimate:
     def __init__(self) -> None:
         self._mean_tokens = float(DEFAULT_OUTPUT_TOKENS)
 
-    @property
-    def mean_tokens(self) -> float:
-        """Exponentially weighted mean of the answers so far."""
-        return self._mean_tokens
-
     def observe(self, tokens: int) -> None:
         """Learn from one complete answer."""
         self._mean_tokens += _SMOOTHING * (tokens - self._mean_tokens)

@@ -10,7 +10,6 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 STATUS_CLASSES: Final = ("2xx", "4xx", "5xx", "cut", "gone")
 """Outcomes of a request: by status; `cut`: broken after its first byte; `gone`: client left."""
-OTHER: Final = "other"
 _LATENCY_S: Final = (
     0.005,
     0.01,

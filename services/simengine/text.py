@@ -14,7 +14,6 @@ from typing import Final
 
 from services.simengine.words import ENDINGS, WORDS
 
-UNKNOWN: Final = 0
 BOS: Final = 1
 EOS: Final = 2
 ROLES: Final = {"system": 3, "user": 4, "assistant": 5, "tool": 6, "developer": 3}

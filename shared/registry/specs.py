@@ -10,7 +10,6 @@ from typing import Any, Final
 
 import msgspec
 
-from shared.models.deployment import Deployment
 from shared.models.routing import ModelSpec
 from shared.registry.connection import Argument, Connection
 from shared.registry.keys import Keys
@@ -38,6 +37,9 @@ FORGET: Final = ScriptSpec(
     ),
     ("OK", "FENCED", "CONFLICT"),
 )
+
+_UNWRITTEN: Final = frozenset({"model", "epoch"})
+"""The model stands in the key, and the script writes the epoch of who writes."""
 
 
 class Specs:
@@ -69,23 +71,16 @@ class Specs:
         return _version(reply)
 
 
-def spec_fields(deployment: Deployment) -> dict[str, str]:
-    """Write what proxies need of a deployment as fields of the spec hash."""
-    spec = deployment.spec
-    values: dict[str, object] = {
-        "aliases": msgspec.json.encode(spec.aliases).decode(),
-        "runner": spec.engine.runner,
-        "generation": deployment.generation,
-        "desired_replicas": deployment.replicas,
-        "max_requests": spec.routing.max_requests,
-        "request_timeout_s": spec.routing.request_timeout_s,
-        "inter_byte_timeout_s": spec.routing.inter_byte_timeout_s,
-        "affinity_absolute": spec.routing.affinity_absolute,
-        "affinity_relative": spec.routing.affinity_relative,
-        "max_model_len_tokens": spec.engine.max_model_len_tokens or 0,
-        "created_ms": deployment.updated_ms,
-    }
-    return {field: str(value) for field, value in values.items()}
+def spec_fields(spec: ModelSpec) -> dict[str, str]:
+    """Write a routing spec as the fields of its hash: what `parse_spec` reads."""
+    fields: dict[str, str] = {}
+    for name in spec.__struct_fields__:
+        value: object = getattr(spec, name)
+        if name not in _UNWRITTEN:
+            fields[name] = (
+                msgspec.json.encode(value).decode() if isinstance(value, tuple) else str(value)
+            )
+    return fields
 
 
 def parse_spec(model: str, fields: Mapping[str, str]) -> ModelSpec:

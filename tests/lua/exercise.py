@@ -9,6 +9,7 @@ from shared.models.deployment import Deployment, DeploymentSpec
 from shared.models.host import Host, Member, MemberKind
 from shared.models.order import Order, OrderAction
 from shared.models.replica import Replica, ReplicaState
+from shared.models.routing import ModelSpec
 from shared.registry import Registry
 from shared.registry.connection import Argument, Connection
 from shared.registry.leadership import Leading
@@ -19,6 +20,7 @@ from shared.registry.results import Fence, Refused, Written
 from shared.registry.specs import spec_fields
 
 MODEL = "llama3:8b"
+ROUTING = ModelSpec(model=MODEL, generation=1, desired_replicas=2)
 DEPLOYMENT = Deployment(spec=DeploymentSpec(name=MODEL), generation=1, replicas=2)
 
 
@@ -103,7 +105,7 @@ async def tour(registry: Registry) -> None:
     fence = await lead(registry)
     await registry.leadership.try_lead("c2")
     assert await registry.fleet.declare(MODEL, DEPLOYMENT, 0)
-    await registry.specs.write(fence, MODEL, spec_fields(DEPLOYMENT))
+    await registry.specs.write(fence, MODEL, spec_fields(ROUTING))
     await make_ready(registry, fence, "r1", "r2", "r3")
     await registry.replicas.patch("r1", MODEL, gen=7, patch={"penalty": 5}, fence=fence)
     beats = [ReplicaBeat(rid="r1", gen=7, running=2, kv_usage=0.5)]

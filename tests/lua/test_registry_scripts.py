@@ -4,18 +4,18 @@ import msgspec
 import pytest
 
 from shared.errors import InvalidInputError
-from shared.models.deployment import Deployment, DeploymentSpec
 from shared.models.event import Event, EventLevel
 from shared.models.host import Hold, Host, Member, MemberKind
 from shared.models.order import Order, OrderAction
 from shared.models.replica import TRANSITIONS, ReplicaState
+from shared.models.routing import ModelSpec
 from shared.registry import Registry
 from shared.registry.leadership import Following, Leading
 from shared.registry.ledger import Reserve
 from shared.registry.replicas import ReplicaBeat
 from shared.registry.results import Fence, RefusalCode, Refused, Written
 from shared.registry.specs import spec_fields
-from tests.lua.exercise import DEPLOYMENT, MODEL, lead, make_ready, move, replica
+from tests.lua.exercise import DEPLOYMENT, MODEL, ROUTING, lead, make_ready, move, replica
 from tests.support.waiting import wait_until
 
 PENDING, STARTING, READY = ReplicaState.PENDING, ReplicaState.STARTING, ReplicaState.READY
@@ -128,7 +128,7 @@ async def test_lower_epoch_is_fenced(door: Registry) -> None:
         await move(door, "r0", READY, FAILED, fence=old),
         await door.replicas.patch("r0", MODEL, gen=7, patch={"penalty": 1}, fence=old),
         await door.replicas.delete(old, MODEL, "r0", 7),
-        await door.specs.write(old, MODEL, spec_fields(DEPLOYMENT)),
+        await door.specs.write(old, MODEL, spec_fields(ROUTING)),
         await door.specs.raise_fence(old, MODEL),
         await door.specs.forget(old, MODEL),
         await door.fleet.put_order(old, "h1", order("r0")),
@@ -210,15 +210,22 @@ async def test_spec(door: Registry) -> None:
     fence = await lead(door)
     empty = await door.replicas.snapshot(MODEL)
     assert (empty.ver, empty.authoritative) == (0, False)
-    spec = DeploymentSpec(name=MODEL, aliases=("Org/Llama", "ll"))
-    deployment = Deployment(spec=spec, generation=4, replicas=3, updated_ms=99)
-    first = await door.specs.write(fence, MODEL, spec_fields(deployment))
-    assert await door.specs.write(fence, MODEL, spec_fields(deployment)) == first
+    routing = ModelSpec(
+        model=MODEL,
+        aliases=("Org/Llama", "ll"),
+        generation=4,
+        desired_replicas=3,
+        max_requests=7,
+        request_timeout_s=1.5,
+        affinity_relative=1.25,
+        created_ms=99,
+    )
+    first = await door.specs.write(fence, MODEL, spec_fields(routing))
+    assert await door.specs.write(fence, MODEL, spec_fields(routing)) == first
     snapshot = await door.replicas.snapshot(MODEL)
     assert snapshot.authoritative
-    assert (snapshot.spec.aliases, snapshot.spec.generation) == (("Org/Llama", "ll"), 4)
-    assert (snapshot.spec.desired_replicas, snapshot.spec.epoch) == (3, fence.epoch)
-    fields = spec_fields(deployment)
+    assert snapshot.spec == msgspec.structs.replace(routing, epoch=fence.epoch)
+    fields = spec_fields(routing)
     del fields["runner"]
     second = await door.specs.write(fence, MODEL, fields)
     assert isinstance(first, int)
@@ -232,7 +239,7 @@ async def test_corrupt_spec_fields_keep_their_defaults(door: Registry) -> None:
     """Foreign text in the spec hash never breaks a snapshot or a reserve."""
     fence = await lead(door)
     await make_ready(door, fence, "r0")
-    await door.specs.write(fence, MODEL, spec_fields(DEPLOYMENT))
+    await door.specs.write(fence, MODEL, spec_fields(ROUTING))
     key = door.keys.model(MODEL).spec
     for field in ("aliases", "max_requests", "affinity_relative", "request_timeout_s", "runner"):
         for text in ("", "nan", "{", "inf", "\ud800".encode("utf-8", "surrogatepass")):
@@ -248,7 +255,7 @@ async def test_forgetting_a_model(door: Registry) -> None:
     """A model goes for good only without replicas and reservations, and then leaves no key."""
     fence = await lead(door)
     await make_ready(door, fence, "r0")
-    await door.specs.write(fence, MODEL, spec_fields(DEPLOYMENT))
+    await door.specs.write(fence, MODEL, spec_fields(ROUTING))
     assert code(await door.specs.forget(fence, MODEL)) is RefusalCode.CONFLICT
     await move(door, "r0", READY, FAILED)
     await door.replicas.delete(fence, MODEL, "r0", 7)

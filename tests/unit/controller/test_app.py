@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import msgspec
 import pytest
 
-from services.controller.act import Actor, spec_fields
+from services.controller.act import Actor
 from services.controller.actions import CreateReplica, WriteSpec
 from services.controller.app import Controller
 from services.controller.draft import tell
@@ -32,7 +32,7 @@ from shared.registry import Registry, open_registry
 from shared.registry.leadership import Following, Leading
 from shared.registry.ledger import Reserve
 from shared.registry.results import Fence
-from shared.registry.specs import parse_spec
+from shared.registry.specs import parse_spec, spec_fields
 from shared.secret import Secret
 from tests.support.servers import RedisServer, Servers
 from tests.support.waiting import wait_until

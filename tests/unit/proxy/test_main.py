@@ -15,6 +15,7 @@ import pytest
 
 from shared.models.deployment import Deployment, DeploymentSpec, EngineKind, EngineSpec
 from shared.models.replica import ReplicaState
+from shared.models.routing import ModelSpec
 from shared.registry import open_registry
 from shared.registry.leadership import Leading
 from shared.registry.results import Fence
@@ -107,7 +108,9 @@ async def declare(redis_url: str, engine: Engine) -> None:
     leading = await registry.leadership.try_lead("test", 60_000)
     assert isinstance(leading, Leading)
     fence = Fence(leading.epoch, "test")
-    await registry.specs.write(fence, MODEL, spec_fields(deployment))
+    await registry.specs.write(
+        fence, MODEL, spec_fields(ModelSpec(model=MODEL, desired_replicas=1))
+    )
     pending = replica("demo-0", engine.url, state=ReplicaState.PENDING)
     await registry.replicas.create(fence, pending)
     states = (ReplicaState.PENDING, ReplicaState.STARTING, ReplicaState.READY)
