@@ -36,8 +36,8 @@ KILLED_S: Final = 10.0
 """How long SIGKILL may take: a process in an uninterruptible wait ends late."""
 POLL_S: Final = 0.05
 YIELD: Final = 5
-"""How much nicer than its agent an engine is: a CPU engine takes every core it gets, and what
-watches and routes must still be heard at once."""
+"""How much nicer than its agent an engine is: a CPU engine takes every core it gets. Meant to
+keep what watches and routes responsive there; the effect has not been measured."""
 EXITED: Final = "exited with code"
 
 
