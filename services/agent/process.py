@@ -35,9 +35,6 @@ TRACKER_S: Final = 2.0
 KILLED_S: Final = 10.0
 """How long SIGKILL may take: a process in an uninterruptible wait ends late."""
 POLL_S: Final = 0.05
-YIELD: Final = 5
-"""How much nicer than its agent an engine is: a CPU engine takes every core it gets. Meant to
-keep what watches and routes responsive there; the effect has not been measured."""
 EXITED: Final = "exited with code"
 
 
@@ -85,8 +82,6 @@ class EngineProcess:
             ) from error
         finally:
             os.close(log)
-        with contextlib.suppress(OSError):  # it may have ended already
-            os.setpriority(os.PRIO_PROCESS, child.pid, os.getpriority(os.PRIO_PROCESS, 0) + YIELD)
         seen = proctree.look_at(child.pid)
         if seen is None:
             raise EngineError("the engine ended while it was being started")
