@@ -96,6 +96,7 @@ def wanted_spec(view: ModelView, now_ms: int) -> ModelSpec:
         max_requests=spec.routing.max_requests,
         request_timeout_s=spec.routing.request_timeout_s,
         inter_byte_timeout_s=spec.routing.inter_byte_timeout_s,
+        stream_failover=spec.stream_failover,
         affinity_absolute=spec.routing.affinity_absolute,
         affinity_relative=spec.routing.affinity_relative,
         max_model_len_tokens=known,

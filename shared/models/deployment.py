@@ -35,6 +35,20 @@ class Quantization(StrEnum):
     BITSANDBYTES = "bitsandbytes"
 
 
+class StreamFailover(StrEnum):
+    """Which streams go on from another replica when theirs is lost in mid-stream."""
+
+    AUTO = "auto"
+    """`valid`, and `off` for `external` servers, which may know no token ids."""
+    VALID = "valid"
+    """Every stream that can: greedy and seeded ones exactly as they would have gone on, sampled
+    ones without a seed with another sample of the same distribution."""
+    EXACT = "exact"
+    """Only those that go on exactly as they would have."""
+    OFF = "off"
+    """None: a lost stream ends with an error event."""
+
+
 class EngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How one replica's engine is run."""
 
@@ -116,7 +130,10 @@ class RoutingSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     request_timeout_s: float = 600.0
     """Longest wait for the first byte of an answer, all tries together."""
     inter_byte_timeout_s: float = 120.0
-    """Longest silence in the middle of an answer."""
+    """Longest silence in the middle of an answer; a stream then goes on elsewhere, if it can."""
+    stream_failover: StreamFailover = StreamFailover.AUTO
+    """Which streams go on from another replica: `valid` (all that can), `exact` (only those that go
+    on exactly as they would have), `off`, or `auto`: `valid`, and `off` for `external` servers."""
     affinity_absolute: int = 0
     """An affinity candidate wins while its score is at most min + this, or min × the next."""
     affinity_relative: float = 1.0
@@ -134,6 +151,15 @@ class DeploymentSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     resources: ResourceSpec = msgspec.field(default_factory=ResourceSpec)
     replicas: ReplicaBounds = msgspec.field(default_factory=ReplicaBounds)
     routing: RoutingSpec = msgspec.field(default_factory=RoutingSpec)
+
+    @property
+    def stream_failover(self) -> StreamFailover:
+        """Which streams go on, `auto` resolved."""
+        declared = self.routing.stream_failover
+        if declared is not StreamFailover.AUTO:
+            return declared
+        external = self.engine.kind is EngineKind.EXTERNAL
+        return StreamFailover.OFF if external else StreamFailover.VALID
 
     def revision(self) -> str:
         """Name the engine that this spec runs: 10 hexadecimal digits of a content hash."""

@@ -2,6 +2,7 @@
 
 import msgspec
 
+from shared.models.deployment import StreamFailover
 from shared.models.replica import Replica
 
 
@@ -16,6 +17,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_requests: int = 100_000
     request_timeout_s: float = 600.0
     inter_byte_timeout_s: float = 120.0
+    stream_failover: StreamFailover = StreamFailover.VALID
     affinity_absolute: int = 0
     affinity_relative: float = 1.0
     max_model_len_tokens: int = 0
