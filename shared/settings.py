@@ -25,7 +25,10 @@ class CommonSettings(msgspec.Struct, frozen=True, kw_only=True):
     """What every service needs."""
 
     redis_url: Secret = msgspec.field(default_factory=lambda: Secret("redis://127.0.0.1:6379/0"))
-    """URL of scheme redis, rediss, redis+cluster or rediss+cluster; may hold a password."""
+    """URL of scheme redis, redis+sentinel or redis+cluster (rediss… with TLS); may hold a password.
+    """
+    redis_password_file: str = ""
+    """File with the password of Redis instead; read for each new connection, so it may change."""
     key_prefix: str = "redmesh"
     """First part of every Redis key and channel."""
     fleet_secret: Secret = msgspec.field(default_factory=lambda: Secret(""))

@@ -5,8 +5,7 @@ Callers see `RegistryUnavailableError` (now), `RegistryTimeoutError` (the act ma
 replica answers READONLY for as long as a socket to it stays open; so READONLY drops the pool, and
 the next call resolves the address again. Texts name the URL without its password.
 
-The `hot` connection is for the data plane: short timeouts and no hidden retries, because the caller
-has its own deadline and its own fallback.
+How the client library is set up for each topology stands in `clients`.
 """
 
 import asyncio
@@ -14,36 +13,28 @@ import contextlib
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, Protocol, TypeVar, cast
-from urllib.parse import urlsplit
 
-import redis.asyncio
 import redis.asyncio.client
 import redis.exceptions
 from redis.asyncio.cluster import RedisCluster
-from redis.asyncio.retry import Retry
-from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
 
 from shared.errors import (
     CorruptRecordError,
-    InvalidInputError,
     RedmeshError,
     RegistryRefusedError,
     RegistryTimeoutError,
     RegistryUnavailableError,
     SchemaVersionError,
 )
+from shared.registry.addresses import shown_url
+from shared.registry.clients import Client, make_client
 from shared.registry.keys import Keys
 from shared.registry.loader import ScriptLibrary, ScriptSpec
 from shared.settings import CommonSettings
 
-HOT_TIMEOUT_S: Final = 0.25
-TIMEOUT_S: Final = 2.0
 START_ATTEMPTS: Final = 8
-HOT_CONNECTIONS: Final = 8
-CONNECTIONS: Final = 16
 SCHEMA_VERSION: Final = 1
 SUPPORTED_SCHEMAS: Final = (1, 1)
-SCHEMES: Final = ("redis", "rediss", "redis+cluster", "rediss+cluster")
 
 _SCRIPT_LINE: Final = re.compile(r"user_script:(\d+)")
 # The client library turns some of Redis' error codes into classes and leaves others in the text;
@@ -78,6 +69,7 @@ _FORBIDDEN: Final = (
     "invalid username-password",
     "Client sent AUTH",
 )
+_DEMOTED: Final = ("READONLY", "previous master is now a slave")
 
 TROUBLES: Final = (
     redis.exceptions.RedisError,
@@ -114,11 +106,11 @@ class _Client(Protocol):
 
 
 class Connection:
-    """A pool of connections to one Redis or Redis Cluster."""
+    """A pool of connections to one Redis, to the primary that Sentinels name, or to a cluster."""
 
     def __init__(
         self,
-        client: "redis.asyncio.Redis | RedisCluster",
+        client: Client,
         scripts: ScriptLibrary,
         *,
         shown_url: str = "redis",
@@ -182,10 +174,11 @@ class Connection:
         if isinstance(error, _FORBIDDEN_KINDS) or _has(text, _FORBIDDEN):
             return RegistryRefusedError(
                 f"{where} refused us ({_reason(text)}): give user and password in "
-                "REDMESH_REDIS_URL, as redis://USER:PASSWORD@HOST:PORT/0, and let that user use "
-                "the keys and channels of our prefix"
+                "REDMESH_REDIS_URL, as redis://USER:PASSWORD@HOST:PORT/0, or the password in the "
+                "file that REDMESH_REDIS_PASSWORD_FILE names, and let that user use the keys and "
+                "channels of our prefix"
             )
-        if isinstance(error, redis.exceptions.ReadOnlyError) or "READONLY" in text:
+        if isinstance(error, redis.exceptions.ReadOnlyError) or _has(text, _DEMOTED):
             await self._drop_pool()
             return RegistryUnavailableError(f"{where} is a replica now: looking for the primary")
         if "WRONGTYPE" in text:
@@ -222,7 +215,7 @@ async def connect(settings: CommonSettings, *, hot: bool = False, prove: bool = 
     """
     url = settings.redis_url.reveal()
     shown = shown_url(url)
-    client = _client(url, hot=hot)
+    client = make_client(url, hot=hot, password_file=settings.redis_password_file)
     scripts = await asyncio.to_thread(ScriptLibrary.load)
     connection = Connection(client, scripts, shown_url=shown)
     if not prove:
@@ -264,53 +257,6 @@ async def patiently(act: Callable[[], Awaitable[T]]) -> T:
         with contextlib.suppress(RegistryTimeoutError):
             return await act()
     return await act()
-
-
-def shown_url(url: str) -> str:
-    """Return the URL without user, password and query."""
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError:
-        return "an invalid URL"
-    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname or ""
-    return f"{parts.scheme}://{host}{f':{port}' if port else ''}{parts.path}"
-
-
-def _client(url: str, *, hot: bool) -> "redis.asyncio.Redis | RedisCluster":
-    scheme = url.partition("://")[0]
-    if scheme not in SCHEMES or shown_url(url) == "an invalid URL":
-        raise InvalidInputError(
-            f"redis_url of scheme {scheme[:20]!r} is not a Redis URL: use "
-            f"{', '.join(f'{name}://' for name in SCHEMES)} followed by HOST:PORT",
-            field="redis_url",
-        )
-    timeout_s = HOT_TIMEOUT_S if hot else TIMEOUT_S
-    retry = Retry(NoBackoff(), 0) if hot else Retry(ExponentialWithJitterBackoff(0.5, 0.05), 2)
-    options: dict[str, Any] = {
-        "socket_timeout": timeout_s,
-        "socket_connect_timeout": TIMEOUT_S,
-        "socket_keepalive": True,
-        "decode_responses": False,
-        "max_connections": HOT_CONNECTIONS if hot else CONNECTIONS,
-        "retry": retry,
-        # RESP3 turns on maintenance notifications, with which the client library hands out
-        # connections that the server has closed: after a restart each would fail once.
-        "protocol": 2,
-        # Else the client library reads its own package metadata from disk for each connection.
-        "driver_info": None,
-    }
-    plain = url.replace("+cluster", "", 1)
-    try:
-        if scheme.endswith("+cluster"):
-            return RedisCluster.from_url(plain, **options)
-        pools = cast("Any", redis.asyncio.BlockingConnectionPool)  # its from_url is not typed
-        pool = pools.from_url(plain, timeout=timeout_s, **options)
-        return redis.asyncio.Redis.from_pool(pool)
-    except ValueError as error:
-        raise InvalidInputError(
-            f"redis_url is not valid: {error}: use redis://HOST:PORT/0", field="redis_url"
-        ) from error
 
 
 def _has(text: str, words: tuple[str, ...]) -> bool:

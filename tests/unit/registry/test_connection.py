@@ -33,7 +33,7 @@ from shared.errors import (
     SchemaVersionError,
 )
 from shared.registry import Registry, open_registry
-from shared.registry.connection import Connection, check_schema, connect, shown_url
+from shared.registry.connection import Connection, check_schema, connect
 from shared.registry.keys import Keys
 from shared.registry.ledger import HOT
 from shared.registry.loader import ScriptLibrary
@@ -230,10 +230,3 @@ async def test_unsupported_schema(registry: Registry, found: str) -> None:
     with pytest.raises(SchemaVersionError, match="REDMESH_KEY_PREFIX"):
         await check_schema(registry.connection, registry.keys)
     await registry.connection.command("DEL", key)
-
-
-def test_shown_url() -> None:
-    """What is shown of a URL has no user, no password and no query."""
-    assert shown_url("rediss://u:p@h:1/2?x=y") == "rediss://h:1/2"
-    assert shown_url("redis://:p@[::1]:5") == "redis://[::1]:5"
-    assert shown_url("redis://h:nonsense") == "an invalid URL"
