@@ -10,7 +10,7 @@ PATH="$PATH:/usr/sbin:/sbin"
 case "${1:-}" in
 demo) needed=(curl:curl redis-cli:redis-tools) ;;
 engine) needed=(libnuma.so.1:libnuma1) ;; # vLLM's CPU kernels are linked with it
-tests) needed=(redis-server:redis-server luacheck:lua-check) ;;
+tests) needed=(redis-server:redis-server luacheck:lua-check ip:iproute2) ;;
 *) die "usage: system.sh demo|engine|tests" ;;
 esac
 

@@ -91,7 +91,9 @@ def percentile(values: Sequence[float], percent: int) -> float:
 
 
 class Load:
-    """Chat streams of `max_tokens` tokens against the proxies on `ports` of this machine.
+    """Chat streams of `max_tokens` tokens against the proxies on `ports`.
+
+    They are ports of this machine, except those for which `hosts` names another address.
 
     A client keeps to its proxy and its connection as long as both work. When the proxy goes away
     before the first byte, it asks another one, for up to `patience_s`; midway it does not, for
@@ -106,8 +108,10 @@ class Load:
         max_tokens: int,
         timeout_s: float = 60.0,
         patience_s: float = 10.0,
+        hosts: Mapping[int, str] | None = None,
     ) -> None:
         self._ports = tuple(ports)
+        self._hosts = dict(hosts or {})
         self._model = model
         self._max_tokens = max_tokens
         self._timeout_s = timeout_s
@@ -273,7 +277,7 @@ class Load:
             if connection.reusable:
                 return connection
         _, made = await asyncio.get_running_loop().create_connection(
-            lambda: _Connection(self), "127.0.0.1", port
+            lambda: _Connection(self), self._hosts.get(port, "127.0.0.1"), port
         )
         return made
 
