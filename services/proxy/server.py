@@ -1,7 +1,8 @@
 """The public port: uvicorn with limits of ours, on a socket that we bind ourselves.
 
 uvicorn sets no limit to a request's head and waits for ever for its first byte; both are bounded
-here. Signals belong to the service, not to the server.
+here. At its end it closes idle connections at once, whatever may be on its way; ours end in stages
+(see `draining`). Signals belong to the service, not to the server.
 """
 
 import asyncio
@@ -19,12 +20,14 @@ import uvicorn
 from litestar import Litestar
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from services.proxy.draining import CROSSING_S, IDLE_S, Ending, Refuser
 from services.proxy.refusals import Refusal
 from services.proxy.settings import ProxySettings
 from services.proxy.upstream import BOUNDARY_HEADERS
 from shared.errors import RedmeshError
 
 SWEEP_S: Final = 1.0
+LEAVE_SWEEP_S: Final = 0.05
 LINGER_S: Final = 30.0
 BACKLOG: Final = 4096
 IDLE_SLACK_S: Final = 2.0
@@ -70,6 +73,8 @@ class LimitedProtocol(HttpToolsProtocol):
     """uvicorn's protocol, with the head of a request bounded in size and in time."""
 
     limits: ProxySettings
+    ending: Ending
+    refuser: Refuser
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - uvicorn's own
         super().__init__(*args, **kwargs)
@@ -85,6 +90,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self.head_since_s: float | None = None
         self.closing_since_s: float | None = None
         self.stalled_since_s: float | None = None
+        self.half_closed_s: float | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin to wait for a head."""
@@ -102,6 +108,8 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse, and measure a head of which the parser has not shown anything yet."""
+        if self.half_closed_s is not None:
+            return  # it crossed our end; the client sees that, and asks elsewhere
         in_head = self._in_head
         self._received = data
         while self._received:
@@ -161,7 +169,11 @@ class LimitedProtocol(HttpToolsProtocol):
             return
         self._in_head = False
         self.head_since_s = None
+        if self.ending.refusing:
+            self.app = cast("Any", self.refuser)
         super().on_headers_complete()
+        if self.ending.leaving:
+            self.cycle.keep_alive = False
         while self._unanswered and self._unanswered[0].response_complete:
             self._unanswered.popleft()
         self._unanswered.append(self.cycle)
@@ -188,6 +200,34 @@ class LimitedProtocol(HttpToolsProtocol):
             % (status, HTTPStatus(status).phrase.encode(), len(body), body)
         )
         self.transport.close()
+
+    def leave(self) -> None:
+        """Say with the next answer that it is this connection's last one."""
+        if self._unanswered and not self._unanswered[-1].response_started:
+            self._unanswered[-1].keep_alive = False
+
+    def shutdown(self) -> None:
+        """Do nothing: uvicorn would close an idle connection under a request on its way."""
+
+    def leave_if_idle(self, now_s: float) -> None:
+        """Half-close a connection on which nothing is asked, and close it a moment later."""
+        unheard_s = self.ending.unheard_s
+        if unheard_s is None or self.transport.is_closing():
+            return
+        if self.half_closed_s is not None:
+            if now_s - self.half_closed_s > CROSSING_S:
+                self.transport.close()
+            return
+        cycle = cast("RequestResponseCycle | None", self.cycle)
+        if cycle is None and self.head_since_s is not None:
+            idle_since_s = self.head_since_s
+        elif cycle is not None and cycle.response_complete:
+            idle_since_s = now_s - self._idle_for_s(now_s)
+        else:
+            return
+        if not self._in_head and now_s - max(idle_since_s, unheard_s) > IDLE_S:
+            self.half_closed_s = now_s
+            self.transport.write_eof()
 
     def pause_writing(self) -> None:
         """Begin to measure how long the client takes nothing."""
@@ -233,22 +273,40 @@ class LimitedProtocol(HttpToolsProtocol):
             raise _HeadTooLargeError
 
 
-def protocol_class(settings: ProxySettings) -> type[asyncio.Protocol]:
-    """Make uvicorn's protocol with the limits of `settings`."""
-
-    class SettingsProtocol(LimitedProtocol):
-        limits = settings
-
-    return SettingsProtocol
-
-
 class Server(uvicorn.Server):
-    """uvicorn, with signals left to the service."""
+    """uvicorn, with signals left to the service, and an end in stages."""
+
+    def __init__(self, config: uvicorn.Config, ending: Ending) -> None:
+        super().__init__(config)
+        self.ending = ending
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None]:
         """Leave signals alone."""
         yield
+
+    def leave(self) -> None:
+        """Say with every answer from now on that it is the last one of its connection."""
+        self.ending.leaving = True
+        for connection in self._connections():
+            connection.leave()
+
+    def refuse(self) -> None:
+        """Answer 503 to whatever is asked from now on."""
+        self.ending.refusing = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop listening; return once the last connection has ended."""
+        loop = asyncio.get_running_loop()
+        # Who waits to be accepted believes to be connected, and would be reset.
+        late = [accepted for each in sockets or () for accepted in _accept_all(each)]
+        self.ending.unheard_s = loop.time()
+        async with asyncio.TaskGroup() as group:
+            for accepted in late:
+                group.create_task(self._take(accepted))
+            leaving = group.create_task(self._leave_idle())
+            await super().shutdown(sockets)
+            leaving.cancel()
 
     async def sweep_connections(self) -> None:
         """Close the connections of clients that take too long, for ever."""
@@ -256,18 +314,48 @@ class Server(uvicorn.Server):
         while True:
             await asyncio.sleep(SWEEP_S)
             now_s = loop.time()
-            for connection in list(self.server_state.connections):
-                if cast("Any", connection).overdue(now_s):
+            for connection in self._connections():
+                if connection.overdue(now_s):
                     connection.transport.abort()
+
+    async def _take(self, accepted: socket.socket) -> None:
+        made = self.config.http_protocol_class
+        with contextlib.suppress(OSError):  # it may have left already
+            await asyncio.get_running_loop().connect_accepted_socket(
+                lambda: cast("Any", made)(
+                    config=self.config,
+                    server_state=self.server_state,
+                    app_state=self.lifespan.state,
+                ),
+                accepted,
+            )
+
+    async def _leave_idle(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(LEAVE_SWEEP_S)
+            now_s = loop.time()
+            for connection in self._connections():
+                connection.leave_if_idle(now_s)
+
+    def _connections(self) -> list[LimitedProtocol]:
+        return cast("list[LimitedProtocol]", list(self.server_state.connections))
 
 
 def make_server(app: Litestar, settings: ProxySettings) -> Server:
     """Make the server of the public port."""
     # A cut answer is meant to end without its end; uvicorn calls that a fault of the application.
     logging.getLogger("uvicorn.error").addFilter(_not_about_cut_answers)
+    ending = Ending()
+
+    class Protocol(LimitedProtocol):
+        limits = settings
+
+    Protocol.ending = ending
+    Protocol.refuser = Refuser(app, ending, max_body_bytes=settings.max_body_bytes)
     config = uvicorn.Config(
         cast("Any", app),
-        http=protocol_class(settings),
+        http=Protocol,
         ws="none",
         lifespan="on",
         log_config=None,
@@ -278,7 +366,18 @@ def make_server(app: Litestar, settings: ProxySettings) -> Server:
         timeout_keep_alive=settings.client_keep_alive_s,
         timeout_graceful_shutdown=round(settings.drain_timeout_s + STOP_S),
     )
-    return Server(config)
+    return Server(config, ending)
+
+
+def _accept_all(listening: socket.socket) -> list[socket.socket]:
+    """Accept every connection that the kernel has made already."""
+    accepted: list[socket.socket] = []
+    with contextlib.suppress(OSError):
+        while True:
+            connection, _ = listening.accept()
+            connection.setblocking(False)
+            accepted.append(connection)
+    return accepted
 
 
 def _not_about_cut_answers(record: logging.LogRecord) -> bool:

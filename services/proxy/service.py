@@ -151,7 +151,7 @@ class Service:
                     gc.collect()
                     gc.freeze()
                     await run_until_stopped(stop, loops)
-                    await self._drain(server, serving)
+                    await self._drain(server, serving, stop)
         _log.info("proxy_ended", proxy=self._proxy)
 
     def _show(self) -> bytes:
@@ -215,18 +215,40 @@ class Service:
         except (RegistryError, TimeoutError) as error:
             _log.debug("member_not_forgotten", error=str(error))
 
-    async def _drain(self, server: Server, serving: asyncio.Task[None]) -> None:
-        """Fail readiness, refuse connections, let answers finish, end those that do not."""
+    async def _drain(
+        self, server: Server, serving: asyncio.Task[None], stop: asyncio.Event
+    ) -> None:
+        """Fail readiness, refuse connections, let answers finish, end those that do not.
+
+        Who is connected may go on asking for half of the time, so that what is accepted last has
+        the other half to finish. A second signal ends the wait.
+        """
+        settings = self._settings
+        began_s = self._fleet.now_s()
         _log.info("proxy_draining", in_flight=self._fleet.in_flight())
         self._draining = True
-        await asyncio.sleep(self._settings.drain_delay_s)
+        stop.clear()
+        again = asyncio.ensure_future(stop.wait())
+        server.leave()
+        await asyncio.wait({again}, timeout=settings.drain_delay_s)
         server.should_exit = True
-        await asyncio.wait({serving}, timeout=self._settings.drain_timeout_s)
+        half_s = settings.drain_timeout_s / 2
+        ends = {serving, again}
+        await asyncio.wait(ends, timeout=half_s, return_when=asyncio.FIRST_COMPLETED)
+        server.refuse()
         if not serving.done():
-            _log.warning("drain_overdue", in_flight=self._fleet.in_flight())
+            await asyncio.wait(ends, timeout=half_s, return_when=asyncio.FIRST_COMPLETED)
+        if not serving.done():
+            _log.warning("drain_overdue", in_flight=self._fleet.in_flight(), told=again.done())
             self._fleet.shut()
             await asyncio.wait({serving}, timeout=STOP_S)
+        again.cancel()
         await self._fleet.aclose(deadline_s=LAST_RELEASES_S)
+        _log.info(
+            "proxy_drained",
+            seconds=round(self._fleet.now_s() - began_s, 3),
+            refused=server.ending.refused,
+        )
 
 
 def _version() -> str:

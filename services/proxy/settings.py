@@ -47,4 +47,5 @@ class ProxySettings(CommonSettings, frozen=True, kw_only=True):
     drain_delay_s: float = 0.5
     """Between failing readiness and refusing new connections, on SIGTERM."""
     drain_timeout_s: float = 60.0
-    """Answers in progress get this long to finish on SIGTERM."""
+    """Answers in progress get this long to finish on SIGTERM. For half of it who is connected may
+    still ask, then gets 503. A second signal ends the wait."""
