@@ -1,13 +1,15 @@
 -- fleet/forget_deployment: remove a deployment and its revisions, once its last replica is gone.
 --
 -- Guarantee: only a deployment that is marked deleted (or does not parse), only by the leader.
--- KEYS 3
+-- KEYS 4
 --   1 string {ctl}:epoch
---   2 hash {ctl}:deployments
---   3 hash {ctl}:revisions
--- ARGV 2
+--   2 hash {ctl}:leader
+--   3 hash {ctl}:deployments
+--   4 hash {ctl}:revisions
+-- ARGV 3
 --   1 epoch: fencing number
---   2 model: name
+--   2 owner: name
+--   3 model: name
 -- RETURN
 --   OK
 --   FENCED epoch owner: another controller leads
@@ -15,13 +17,13 @@
 -- Cost: O(revisions)
 -- Callers: controller
 --@include lib/outdated
-local epoch, deployments, revisions = KEYS[1], KEYS[2], KEYS[3]
-local mine, model = ARGV[1], ARGV[2]
+local epoch, leader, deployments, revisions = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local mine, owner, model = ARGV[1], ARGV[2], ARGV[3]
 redis.call('HDEL', deployments, '')
 redis.call('HDEL', revisions, '')
 
 local parsed, content = pcall(cjson.decode, redis.call('HGET', deployments, model) or 'null')
-local refusal = outdated(epoch, mine)
+local refusal = outdated(epoch, leader, mine, owner)
 if refusal then
   return refusal
 elseif parsed and type(content) == 'table' and content.deleted ~= true then

@@ -1,7 +1,8 @@
--- spec/forget: delete every key of a model that has no replicas any more.
+-- spec/forget: delete every key of a model that has no replicas any more, except its fence.
 --
 -- Guarantee: refuses while a replica is recorded or a proxy holds a reservation; a controller of a
---   lower epoch is refused.
+--   lower epoch is refused, and stays refused: without the fence, what a paused one sends late would
+--   bring the model's keys back, and nobody looks after a model that is not declared.
 -- KEYS 13
 --   1 hash {M}:fence
 --   2 hash {M}:spec
@@ -45,7 +46,7 @@ elseif recorded > 0 or held > 0 then
   return { 'CONFLICT', string.format('%d replicas, %d reservations', recorded, held) }
 end
 local version = digits(next_version(previous, now_ms()))
-for index = 1, 13 do
+for index = 2, 13 do
   redis.call('DEL', KEYS[index])
 end
 redis.call('PUBLISH', channel, previous .. ' ' .. version .. ' * null')

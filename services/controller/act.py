@@ -28,6 +28,7 @@ from services.controller.actions import (
 from services.controller.events import EventLog
 from shared.errors import LeadershipLostError
 from shared.ids import new_replica_id
+from shared.models.event import Event
 from shared.models.order import Order
 from shared.registry import Registry
 from shared.registry.results import Fence, RefusalCode, Refused
@@ -48,20 +49,22 @@ class Actor:
         fence: Fence,
         may_act: Callable[[], bool],
         count: Callable[[str, str], None],
+        new_id: Callable[[str], str] = new_replica_id,
     ) -> None:
         self._registry = registry
         self._events = events
         self._fence = fence
         self._may_act = may_act
         self._count = count
+        self._new_id = new_id
 
     async def raise_fences(self, models: Iterable[str]) -> None:
-        """Shut out every earlier leader from all models, before anything is read.
+        """Shut out every earlier leader from `models`, before anything of them is read.
 
         Raises LeadershipLostError when a later leader has done that to us already.
         """
         for model in models:
-            self._check()
+            self.check()
             self._accept(await self._registry.specs.raise_fence(self._fence, model))
 
     async def carry_out(self, actions: Iterable[Action]) -> int:
@@ -71,7 +74,7 @@ class Actor:
         """
         done = 0
         for action in actions:
-            self._check()
+            self.check()
             outcome = self._accept(await self._do(action))
             self._count(action.kind, "done" if outcome is None else outcome.code.lower())
             if outcome is not None:
@@ -85,15 +88,22 @@ class Actor:
                 continue
             if isinstance(action, Report):
                 if action.event is not None:
-                    await self._events.emit_once(action.event)
+                    self.check()
+                    self._accept(await self._events.emit_once(self._fence, action.event))
                 continue
             done += 1
             _log.info("action", action=action.kind, reason=action.reason)
             if action.event is not None:
-                await self._events.emit(action.event)
+                await self.tell(action.event)
         return done
 
-    def _check(self) -> None:
+    async def tell(self, event: Event) -> None:
+        """Tell operators something. Raises as `carry_out` does."""
+        self.check()
+        self._accept(await self._events.emit(self._fence, event))
+
+    def check(self) -> None:
+        """Raise LeadershipLostError once the reign is over."""
         if not self._may_act():
             raise LeadershipLostError("leadership ended while a plan was carried out")
 
@@ -155,15 +165,15 @@ class Actor:
             case ForgetHost(host=host):
                 return await fleet.forget_host(fence, host)
             case ForgetMember(field=field):
-                return await fleet.forget_member(field)
+                return await fleet.expel_member(fence, field)
             case DropHold(subject=subject):
-                return await fleet.drop_hold(subject)
+                return await fleet.clear_hold(fence, subject)
             case _:
                 return None
 
     async def _create(self, action: CreateReplica) -> object:
         gen = await self._registry.replicas.server_time_ms()
-        rid = new_replica_id(action.replica.model)
+        rid = self._new_id(action.replica.model)
         replica = msgspec.structs.replace(action.replica, rid=rid, gen=gen)
         written = await self._registry.replicas.create(self._fence, replica)
         order = msgspec.structs.replace(action.order, rid=rid, gen=gen, issued_ms=gen)
@@ -172,5 +182,5 @@ class Actor:
     async def _then_order(self, written: object, host: str, order: Order | None) -> object:
         if isinstance(written, Refused) or order is None:
             return written
-        self._check()
+        self.check()
         return await self._registry.fleet.put_order(self._fence, host, order)

@@ -12,17 +12,13 @@ from typing import Final
 import structlog
 
 from services.controller.act import Actor
-from services.controller.draft import tell
 from services.controller.events import EventLog
 from services.controller.leader import Leader, Reign
 from services.controller.metrics import Metrics
-from services.controller.notices import notice
-from services.controller.observe import observe
-from services.controller.plan import plan
 from services.controller.probing import Prober
 from services.controller.reaper import reap_dead_proxies
 from services.controller.settings import ControllerSettings
-from services.controller.world import World
+from services.controller.term import Term
 from shared.clock import Clock
 from shared.errors import LeadershipLostError, RegistryError
 from shared.lifecycle import Loops, every
@@ -59,8 +55,7 @@ class Controller:
         self._clock = clock
         self._events = EventLog(registry.fleet, clock, f"controller/{owner}")
         self._wake = asyncio.Event()
-        self._world: World | None = None
-        self._inaugurated: Reign | None = None
+        self._term: Term | None = None
         self._trouble_s = clock.monotonic_s()
 
     def start(self, loops: Loops, member: Member) -> None:
@@ -99,16 +94,14 @@ class Controller:
         await asyncio.sleep(BREATH_S)
         reign = self.leader.reign()
         if reign is None:
-            self._world = None
+            self._term = None
             self.metrics.step_down()
             return
         try:
-            await self._lead(reign)
+            term = await self._term_of(reign)
+            await term.step(settled=self._settled(reign))
         except LeadershipLostError as error:
-            _log.warning("stepping_down", reason=str(error))
-            self.metrics.failures.labels("leadership").inc()
-            if self.leader.may_act(reign):
-                self.leader.fenced_off()
+            self._lost(reign, error)
         except RegistryError as error:
             _log.warning("tick_failed", reason=str(error))
             self.metrics.failures.labels("registry").inc()
@@ -116,18 +109,25 @@ class Controller:
 
     async def reap(self) -> None:
         """While leading: drop what dead proxies held."""
-        if self.leader.reign() is None or self._world is None:
+        term = self._term
+        if term is None or term.world is None or not self.leader.may_act(term.reign):
             return
         try:
             dropped = await reap_dead_proxies(
-                self._registry.ledger, self._events, sorted(self._world.models)
+                self._registry.ledger, term.actor, sorted(term.world.models)
             )
+        except LeadershipLostError as error:
+            self._lost(term.reign, error)
+            return
         except RegistryError as error:
             _log.warning("reap_failed", reason=str(error))
             return
         self.metrics.reaped.inc(dropped)
 
-    async def _lead(self, reign: Reign) -> None:
+    async def _term_of(self, reign: Reign) -> Term:
+        """Give the term of `reign`; one that could not begin is begun again."""
+        if self._term is not None and self._term.reign == reign:
+            return self._term
         actor = Actor(
             self._registry,
             self._events,
@@ -135,26 +135,17 @@ class Controller:
             lambda: self.leader.may_act(reign),
             self.metrics.count_action,
         )
-        if self._inaugurated != reign:
-            await actor.raise_fences(await self._registry.fleet.deployments())
-            self._world = None
-            self._inaugurated = reign
-            self.metrics.leader.set(1)
-            owner = self.leader.owner
-            await self._events.emit(
-                tell("LeaderElected", f"controller/{owner}", f"leads with epoch {reign.epoch}")
-            )
-        started_s = self._clock.monotonic_s()
-        world = await observe(self._registry, self._prober, settled=self._settled(reign))
-        observed_s = self._clock.monotonic_s()
-        actions = plan(world)
-        self.metrics.observe_s.observe(observed_s - started_s)
-        self.metrics.plan_s.observe(self._clock.monotonic_s() - observed_s)
-        self.metrics.show(world)
-        before, self._world = self._world, world
-        for event in notice(before, world):
-            await self._events.emit(event)
-        await actor.carry_out(actions)
+        term = Term(reign, self._registry, self._prober, self._clock, self.metrics, actor)
+        await term.begin(self.leader.owner)
+        self._term = term
+        self.metrics.leader.set(1)
+        return term
+
+    def _lost(self, reign: Reign, error: LeadershipLostError) -> None:
+        _log.warning("stepping_down", reason=str(error))
+        self.metrics.failures.labels("leadership").inc()
+        if self.leader.may_act(reign):
+            self.leader.fenced_off()
 
     def _settled(self, reign: Reign) -> bool:
         calm_since_s = max(reign.since_s, self._trouble_s)

@@ -24,6 +24,7 @@ from shared.registry.results import (
     Fence,
     Records,
     Refused,
+    fence_args,
     pairs,
     refused,
     text_of,
@@ -36,15 +37,22 @@ DECLARE: Final = ScriptSpec(
 FORGET_DEPLOYMENT: Final = ScriptSpec(
     "fleet/forget_deployment",
     "ctl",
-    ("epoch", "deployments", "revisions"),
+    ("epoch", "leader", "deployments", "revisions"),
     ("OK", "FENCED", "CONFLICT"),
 )
-ORDER: Final = ScriptSpec("fleet/order", "ctl", ("epoch", HOST_PART), ("OK", "FENCED"))
+ORDER: Final = ScriptSpec("fleet/order", "ctl", ("epoch", "leader", HOST_PART), ("OK", "FENCED"))
 FORGET_HOST: Final = ScriptSpec(
-    "fleet/forget_host", "ctl", ("epoch", "hosts", HOST_PART, "members", "hb"), ("OK", "FENCED")
+    "fleet/forget_host",
+    "ctl",
+    ("epoch", "leader", "hosts", HOST_PART, "members", "hb"),
+    ("OK", "FENCED"),
 )
 BEAT: Final = ScriptSpec("fleet/beat", "ctl", ("members", "hb"), ("OK",))
-LEAVE: Final = ScriptSpec("fleet/leave", "ctl", ("members", "hb"), ("OK",))
+LEAVE: Final = ScriptSpec(
+    "fleet/leave", "ctl", ("epoch", "leader", "members", "hb"), ("OK", "FENCED")
+)
+RELEASE: Final = ScriptSpec("fleet/release", "ctl", ("epoch", "leader", "holds"), ("OK", "FENCED"))
+TELL: Final = ScriptSpec("fleet/tell", "ctl", ("epoch", "leader", "events"), ("OK", "FENCED"))
 MEMBERS: Final = ScriptSpec("fleet/members", "ctl", ("members", "hb"), ("OK",))
 
 EVENTS_KEPT: Final = 10_000
@@ -92,8 +100,8 @@ class Fleet:
     async def forget_deployment(self, fence: Fence, model: str) -> Refused | None:
         """Remove a deployment that is marked deleted, with its revisions."""
         keys = self._keys.pick(FORGET_DEPLOYMENT.keys)
-        reply = await self._connection.evalsha(FORGET_DEPLOYMENT, keys, (fence.epoch, model))
-        return _refusal(reply)
+        args = (fence.epoch, fence.owner, model)
+        return _refusal(await self._connection.evalsha(FORGET_DEPLOYMENT, keys, args))
 
     async def hosts(self) -> Records[Host]:
         """Read every registered host by name."""
@@ -107,7 +115,8 @@ class Fleet:
     async def forget_host(self, fence: Fence, host: str) -> Refused | None:
         """Remove a host with its orders."""
         keys = self._keys.pick(FORGET_HOST.keys, host)
-        return _refusal(await self._connection.evalsha(FORGET_HOST, keys, (fence.epoch, host)))
+        args = (fence.epoch, fence.owner, host)
+        return _refusal(await self._connection.evalsha(FORGET_HOST, keys, args))
 
     async def orders(self, host: str) -> Records[Order]:
         """Read the orders to a host's agent by replica id."""
@@ -145,8 +154,12 @@ class Fleet:
         )
 
     async def forget_member(self, field: str) -> None:
-        """Remove a member that is gone."""
-        await self._connection.evalsha(LEAVE, self._keys.pick(LEAVE.keys), (field,))
+        """Remove a member that leaves, as that member."""
+        await self._leave(field, None)
+
+    async def expel_member(self, fence: Fence, field: str) -> Refused | None:
+        """Remove a member that has long been silent, as the leader."""
+        return await self._leave(field, fence)
 
     async def holds(self) -> Records[Hold]:
         """Read every cordon and drain by subject."""
@@ -158,17 +171,23 @@ class Fleet:
         await self._put(self._keys.holds, hold.subject, hold)
 
     async def drop_hold(self, subject: str) -> bool:
-        """Withdraw a hold; tells whether there was one."""
-        return await self._connection.command("HDEL", self._keys.holds, subject) == 1
+        """Withdraw a hold, as an operator; tells whether there was one."""
+        return (await self._release(subject, None))[1] == 1
+
+    async def clear_hold(self, fence: Fence, subject: str) -> Refused | None:
+        """Drop the hold of something that is gone, as the leader."""
+        return _refusal(await self._release(subject, fence))
 
     async def emit(self, event: Event) -> None:
         """Append an event; the oldest beyond some ten thousand are dropped."""
-        fields: list[Argument] = []
-        for name in ("kind", "subject", "message", "level", "source", "at_ms"):
-            fields += (name, str(getattr(event, name)))
         await self._connection.command(
-            "XADD", self._keys.events, "MAXLEN", "~", EVENTS_KEPT, "*", *fields
+            "XADD", self._keys.events, "MAXLEN", "~", EVENTS_KEPT, "*", *_event_fields(event)
         )
+
+    async def tell(self, fence: Fence, event: Event) -> Refused | None:
+        """Append an event as the leader: what a paused one noticed is no news any more."""
+        args = (fence.epoch, fence.owner, EVENTS_KEPT, *_event_fields(event))
+        return _refusal(await self._connection.evalsha(TELL, self._keys.pick(TELL.keys), args))
 
     async def events(self, count: int, after_id: str | None = None) -> list[Event]:
         """Read the newest `count` events, or the first `count` after `after_id`; oldest first."""
@@ -197,8 +216,16 @@ class Fleet:
 
     async def _order(self, fence: Fence, host: str, rid: str, order: bytes) -> Refused | None:
         keys = self._keys.pick(ORDER.keys, host)
-        args = (fence.epoch, check_name("replica", rid), order)
+        args = (fence.epoch, fence.owner, check_name("replica", rid), order)
         return _refusal(await self._connection.evalsha(ORDER, keys, args))
+
+    async def _leave(self, field: str, fence: Fence | None) -> Refused | None:
+        keys = self._keys.pick(LEAVE.keys)
+        return _refusal(await self._connection.evalsha(LEAVE, keys, (field, *fence_args(fence))))
+
+    async def _release(self, subject: str, fence: Fence | None) -> list[Any]:
+        keys = self._keys.pick(RELEASE.keys)
+        return await self._connection.evalsha(RELEASE, keys, (subject, *fence_args(fence)))
 
 
 def _parse(
@@ -219,6 +246,13 @@ def _parse(
         else:
             corrupt.append(field)
     return records, tuple(corrupt)
+
+
+def _event_fields(event: Event) -> list[Argument]:
+    fields: list[Argument] = []
+    for name in ("kind", "subject", "message", "level", "source", "at_ms"):
+        fields += (name, str(getattr(event, name)))
+    return fields
 
 
 def _event(stream_id: str, raw: dict[bytes, bytes] | list[bytes]) -> Event:

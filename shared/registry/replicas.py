@@ -23,6 +23,7 @@ from shared.registry.results import (
     Fence,
     Refused,
     Written,
+    fence_args,
     pairs,
     refused,
     text_of,
@@ -204,7 +205,7 @@ class Replicas:
         keys = self._keys.model(replica.model)
         record = msgspec.json.encode(replica)
         reply = await self._connection.evalsha(
-            CREATE, keys.pick(CREATE.keys), (keys.channel, replica.rid, record, *_writer(fence))
+            CREATE, keys.pick(CREATE.keys), (keys.channel, replica.rid, record, *fence_args(fence))
         )
         return _outcome(reply)
 
@@ -225,7 +226,7 @@ class Replicas:
         reply = await self._connection.evalsha(
             TRANSITION,
             keys.pick(TRANSITION.keys),
-            (keys.channel, rid, gen, *states, content, *_writer(fence)),
+            (keys.channel, rid, gen, *states, content, *fence_args(fence)),
         )
         return _outcome(reply)
 
@@ -236,10 +237,6 @@ class Replicas:
             return None
         sound = is_name(rid) and is_name(replica.host)
         return replica if sound and replica.rid == rid and replica.model == model else None
-
-
-def _writer(fence: Fence | None) -> tuple[Argument, Argument]:
-    return (fence.epoch, fence.owner) if fence else ("", "")
 
 
 def _outcome(reply: list[Any]) -> Written | Refused:

@@ -47,6 +47,11 @@ class Fence(msgspec.Struct, frozen=True):
     owner: str
 
 
+def fence_args(fence: Fence | None) -> tuple[int | str, str]:
+    """Give epoch and owner as scripts expect them; both empty for a write that needs no fence."""
+    return (fence.epoch, fence.owner) if fence else ("", "")
+
+
 class Records(dict[str, T]):
     """Parsed fields of a hash by name. `corrupt` names those that did not parse."""
 

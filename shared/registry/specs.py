@@ -63,7 +63,7 @@ class Specs:
         return await self.write(fence, model, {})
 
     async def forget(self, fence: Fence, model: str) -> int | Refused:
-        """Delete all keys of a model without replicas and reservations, for good."""
+        """Delete all keys but the fence of a model without replicas and reservations."""
         keys = self._keys.model(model)
         reply = await self._connection.evalsha(
             FORGET, keys.pick(FORGET.keys), (fence.epoch, fence.owner, keys.channel)

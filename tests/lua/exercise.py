@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 
 from shared.models.deployment import Deployment, DeploymentSpec
+from shared.models.event import Event
 from shared.models.host import Host, Member, MemberKind
 from shared.models.order import Order, OrderAction
 from shared.models.replica import Replica, ReplicaState
@@ -141,4 +142,8 @@ async def tour(registry: Registry) -> None:
     await registry.fleet.forget_deployment(fence, MODEL)
     await registry.fleet.forget_host(fence, "h2")
     await registry.fleet.forget_member("proxy:p2")
+    await registry.fleet.clear_hold(fence, "replica:r3")
+    await registry.fleet.tell(
+        fence, Event(kind="Toured", subject=f"deployment/{MODEL}", message="")
+    )
     await registry.leadership.resign("c2")

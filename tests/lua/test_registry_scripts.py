@@ -10,6 +10,7 @@ from shared.models.order import Order, OrderAction
 from shared.models.replica import TRANSITIONS, ReplicaState
 from shared.models.routing import ModelSpec
 from shared.registry import Registry
+from shared.registry.keys import MODEL_KEYS
 from shared.registry.leadership import Following, Leading
 from shared.registry.ledger import Reserve
 from shared.registry.replicas import ReplicaBeat
@@ -135,12 +136,41 @@ async def test_lower_epoch_is_fenced(door: Registry) -> None:
         await door.fleet.drop_order(old, "h1", "r0"),
         await door.fleet.forget_host(old, "h1"),
         await door.fleet.forget_deployment(old, MODEL),
+        await door.fleet.expel_member(old, "agent:h1"),
+        await door.fleet.clear_hold(old, "replica:r0"),
+        await door.fleet.tell(old, Event(kind="Late", subject="host/h1", message="")),
     ]
     assert [code(outcome) for outcome in outcomes] == [RefusalCode.FENCED] * len(outcomes)
     assert await door.replicas.snapshot(MODEL) == before
     impostor = Fence(new.epoch, "c3")
     assert code(await door.specs.raise_fence(impostor, MODEL)) is RefusalCode.FENCED
     assert isinstance(await move(door, "r0", READY, FAILED, fence=new), Written)
+
+
+async def test_one_epoch_has_one_owner(door: Registry) -> None:
+    """Where a failover gave one epoch to two owners, only the one with the lease may write."""
+    fence = await lead(door, "c1")
+    twin = Fence(fence.epoch, "c2")
+    assert code(await door.fleet.put_order(twin, "h1", order("r0"))) is RefusalCode.FENCED
+    assert await door.fleet.put_order(fence, "h1", order("r0")) is None
+    await door.leadership.resign("c1")
+    assert await door.fleet.drop_order(fence, "h1", "r0") is None
+
+
+async def test_what_the_leader_clears_away(door: Registry) -> None:
+    """The leader expels silent members, clears holds and tells events; a repeat is no trouble."""
+    fence = await lead(door)
+    member = Member(kind=MemberKind.AGENT, id="h1", host="h1", pid=1, version="0", started_ms=1)
+    await door.fleet.beat(member)
+    await door.fleet.put_hold(Hold(subject="replica:r0", drain=True, since_ms=1))
+    for _ in range(2):
+        assert await door.fleet.expel_member(fence, member.field) is None
+        assert await door.fleet.clear_hold(fence, "replica:r0") is None
+    assert (await door.fleet.members(), await door.fleet.holds()) == ({}, {})
+    told = Event(kind="Told", subject="host/h1", message="é", level=EventLevel.ERROR, at_ms=7)
+    assert await door.fleet.tell(fence, told) is None
+    (event,) = await door.fleet.events(5)
+    assert msgspec.structs.replace(event, id="") == told
 
 
 async def test_corrupt_record_counts_as_absent(door: Registry) -> None:
@@ -252,7 +282,7 @@ async def test_corrupt_spec_fields_keep_their_defaults(door: Registry) -> None:
 
 
 async def test_forgetting_a_model(door: Registry) -> None:
-    """A model goes for good only without replicas and reservations, and then leaves no key."""
+    """A model goes only without replicas and reservations, and then leaves only its fence."""
     fence = await lead(door)
     await make_ready(door, fence, "r0")
     await door.specs.write(fence, MODEL, spec_fields(ROUTING))
@@ -264,6 +294,11 @@ async def test_forgetting_a_model(door: Registry) -> None:
     snapshot = await door.replicas.snapshot(MODEL)
     assert (snapshot.ver, snapshot.replicas, snapshot.authoritative) == (0, {}, False)
     assert await door.ledger.proxies(MODEL) == {}
+    late = Fence(fence.epoch - 1, "c0")
+    assert code(await door.replicas.create(late, replica("r1"))) is RefusalCode.FENCED
+    keys = door.keys.model(MODEL)
+    left = [s for s in MODEL_KEYS if await door.connection.command("EXISTS", keys.prefix + s)]
+    assert left == ["fence"]
 
 
 async def test_leadership(door: Registry) -> None:

@@ -309,10 +309,10 @@ async def test_reservations_of_a_dead_proxy_are_dropped(registry: Registry) -> N
     await registry.ledger.beat("m", "px-dead")
     await registry.fleet.declare("m", declared(), 0)
     await registry.ledger.batch("m", "px-dead", [Reserve("r1", 10, 1)])
-    events = EventLog(registry.fleet, SystemClock(), "controller/c1")
+    actor = acting(registry, Fence(1, "c1"))
 
     async def reaped() -> bool:
-        await reap_dead_proxies(registry.ledger, events, ["m"])
+        await reap_dead_proxies(registry.ledger, actor, ["m"])
         return "ProxyReaped" in await kinds(registry)
 
     await wait_until(reaped, timeout_s=15, interval_s=0.5)
@@ -327,10 +327,10 @@ async def test_the_same_trouble_is_told_once(registry: Registry) -> None:
     world = await observe(registry, FixedProber(), settled=True)
     assert not world.models
     for message in ("full", "full", "gone", "full"):
-        await log.emit_once(tell("Unplaceable", "deployment/m", message))
+        await log.emit_once(Fence(1, "c1"), tell("Unplaceable", "deployment/m", message))
     assert [e.message for e in await registry.fleet.events(10)] == ["full", "gone", "full"]
     clock.advance(601)
-    await log.emit_once(tell("Unplaceable", "deployment/m", "full"))
+    await log.emit_once(Fence(1, "c1"), tell("Unplaceable", "deployment/m", "full"))
     assert len(await registry.fleet.events(10)) == 4
 
 
