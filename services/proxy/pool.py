@@ -5,6 +5,7 @@ one incarnation of a replica: its key, its breaker and its connections end with 
 """
 
 import asyncio
+import socket
 import ssl
 from collections.abc import Callable, Mapping
 from typing import Final
@@ -19,6 +20,19 @@ Connected = Callable[[Connection | None, str], None]
 """Called with a connection, or with None and the reason why there is none."""
 
 MAX_IDLE: Final = 1024
+
+GONE_S: Final = 6
+"""A host that acknowledges nothing for this long is gone: time for five retransmissions."""
+_TCP_OPTIONS: Final = (
+    # Whatever was sent, a request above all, must be acknowledged; and while nothing is sent,
+    # probes ask, so that a host that vanished in the middle of a stream is missed as soon. The
+    # kernel of a host answers both for an engine that is busy or frozen: those have deadlines
+    # of their own.
+    ("TCP_USER_TIMEOUT", GONE_S * 1000),
+    ("TCP_KEEPIDLE", 2),
+    ("TCP_KEEPINTVL", 1),
+    ("TCP_KEEPCNT", GONE_S - 2),
+)
 
 
 class Endpoint:
@@ -87,9 +101,10 @@ class Endpoint:
     async def _connect(self, connected: Connected) -> None:
         try:
             async with asyncio.timeout(self._connect_timeout_s):
-                _, connection = await self._loop.create_connection(
+                transport, connection = await self._loop.create_connection(
                     lambda: Connection(self), self._host, self._port, ssl=self._tls
                 )
+                _notice_silence(transport)
         except TimeoutError:
             connected(None, f"no connection within {self._connect_timeout_s:g} s")
         except (OSError, UnicodeError) as error:
@@ -135,6 +150,16 @@ class Endpoint:
         idle, self._idle = self._idle, {}
         for connection in idle:
             connection.abort()
+
+
+def _notice_silence(transport: asyncio.BaseTransport) -> None:
+    """Have the kernel end a connection whose other end has vanished without a word."""
+    opened: socket.socket = transport.get_extra_info("socket")
+    opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _TCP_OPTIONS:
+        option: int | None = getattr(socket, name, None)  # not every system has them all
+        if option is not None:
+            opened.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 class Endpoints:
