@@ -21,6 +21,7 @@ from services.agent import inventory
 from services.agent.engine import TEARDOWN_S, Tools
 from services.agent.keeper import Keeper
 from services.agent.launch import Surroundings, usable
+from services.agent.remembering import REMEMBER_S, Remembering
 from services.agent.settings import AgentSettings
 from services.agent.starting import Starter
 from services.agent.statefile import EngineFolders
@@ -57,6 +58,7 @@ class Agent:
         self._registry: Registry | None = None
         self._started_ms = clock.now_ms()
         self._host = inventory.look(settings, self._started_ms)
+        self._remembering = Remembering(state_dir)
         folders = EngineFolders(state_dir)
         self.keeper = Keeper(
             settings=settings,
@@ -123,6 +125,14 @@ class Agent:
             ),
         )
 
+        self._loops.start(
+            "remember",
+            every(
+                lambda: REMEMBER_S * random.uniform(0.8, 1.2),  # noqa: S311 - spreads reads, guards nothing
+                lambda: self._remembering.refresh(self._registry),
+            ),
+        )
+
     async def _connect(self, *, alone: bool) -> None:
         """Open the registry. Without engines to watch over, an agent without Redis is no use."""
         try:
@@ -180,6 +190,7 @@ class Agent:
         engines = self.keeper.engines.values()
         longest_s = max((e.order.spec.engine.shutdown_timeout_s for e in engines), default=0)
         self.keeper.leave()
+        self._remembering.forget()
         try:
             async with asyncio.timeout(self._settings.exit_drain_s + longest_s + 2 * TEARDOWN_S):
                 await self.keeper.empty.wait()

@@ -42,6 +42,8 @@ from shared.registry import Registry
 
 _log = structlog.get_logger(__name__)
 
+RECORDED: Final = frozenset({Phase.STARTING, Phase.READY, Phase.UNHEALTHY})
+"""Phases of an engine that has a record, or gets it again after a loss."""
 HOST_EVERY_S: Final = 10.0
 """How often the host is registered anew: Redis may have come back empty in between."""
 
@@ -236,7 +238,7 @@ class Keeper:
                 self.wake.set()
         elif engine is not None and isinstance(action, Amend):
             await self._reporter.amend(engine)
-        elif engine is not None and engine.phase in {Phase.READY, Phase.UNHEALTHY}:
+        elif engine is not None and engine.phase in RECORDED:
             await self._reporter.register(engine)
 
     def _start(self, action: Start) -> None:

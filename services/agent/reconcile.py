@@ -270,9 +270,8 @@ def _unrecorded(engine: EngineView, order: Order | None, world: World) -> list[A
     if wish is not None or engine.phase in {Phase.ENDED, Phase.STOPPING}:
         return _end(engine, wish or Stop(rid=engine.rid, why="ended"), world)
     if order is not None or engine.model in world.declared.live or not world.declared.anything:
-        # A starting engine has nothing to offer yet; its record follows when it is ready.
-        known = _known_again(engine)
-        return known if engine.phase is Phase.STARTING else [*known, Register(rid=engine.rid)]
+        # A starting engine too: its place is taken, and no other must be started instead of it.
+        return [*_known_again(engine), Register(rid=engine.rid)]
     if engine.orphan_since_s is None:
         return [Orphan(rid=engine.rid, orphan=True)]
     if world.now_s - engine.orphan_since_s < world.orphan_grace_s:

@@ -38,6 +38,14 @@ def author() -> str:
     return f"{user}@{socket.gethostname()}"
 
 
+def later(current: Deployment, at_ms: int) -> int:
+    """Give the time of a new version: after the current one, even if Redis' clock was set back.
+
+    After a loss of data the later version holds.
+    """
+    return max(at_ms, current.updated_ms + 1)
+
+
 def changed(
     current: Deployment | None, spec: DeploymentSpec, *, at_ms: int, by: str
 ) -> tuple[Change, Deployment]:
@@ -52,7 +60,7 @@ def changed(
             spec=spec,
             generation=generation,
             replicas=spec.replicas.count,
-            updated_ms=at_ms,
+            updated_ms=at_ms if current is None else later(current, at_ms),
             updated_by=by,
         )
     if current.spec == spec:
@@ -65,7 +73,7 @@ def changed(
         spec=spec,
         generation=current.generation + 1,
         replicas=min(max(replicas, spec.replicas.min), spec.replicas.max),
-        updated_ms=at_ms,
+        updated_ms=later(current, at_ms),
         updated_by=by,
     )
 
@@ -83,7 +91,7 @@ def scaled(current: Deployment, count: int, *, at_ms: int, by: str) -> Deploymen
         current,
         replicas=count,
         generation=current.generation + 1,
-        updated_ms=at_ms,
+        updated_ms=later(current, at_ms),
         updated_by=by,
     )
 

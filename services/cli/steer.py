@@ -10,7 +10,7 @@ from typing import Final
 import click
 import msgspec
 
-from services.cli.declaring import author, change, scaled
+from services.cli.declaring import author, change, later, scaled
 from services.cli.observing import all_replicas
 from services.cli.session import Session, common_options
 from services.cli.showing import Shower, shower
@@ -55,7 +55,7 @@ def delete_command(session: Session, *, model: str) -> int:
                 deleted=True,
                 replicas=0,
                 generation=current.generation + 1,
-                updated_ms=now_ms,
+                updated_ms=later(current, now_ms),
                 updated_by=author(),
             )
 

@@ -5,6 +5,7 @@ from importlib import metadata
 
 from services.controller.app import Controller
 from services.controller.probing import HttpProber
+from services.controller.remembering import remember
 from services.controller.settings import ControllerSettings, check
 from shared import logs
 from shared.admin import AdminServer, health_routes, metrics_route
@@ -53,6 +54,7 @@ async def run(settings: ControllerSettings) -> int:
             )
             async with Loops() as loops:
                 controller.start(loops, member)
+                loops.start("remember", remember(registry, clock, owner))
                 await run_until_stopped(stop, loops)
             await controller.leave(member)
     finally:

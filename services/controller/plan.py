@@ -42,6 +42,8 @@ from shared.models.routing import ModelSpec
 
 FORGET_MS: Final = 3_600_000
 """A host or process that has been silent for this long is forgotten."""
+RESTORED_MS: Final = 5_000
+"""A deployment that is older than this and has no routing spec has lost its data."""
 
 
 def plan(world: World) -> list[Action]:
@@ -106,8 +108,14 @@ def wanted_spec(view: ModelView, now_ms: int) -> ModelSpec:
 
 
 def _write_spec(draft: Draft, view: ModelView) -> None:
-    wanted = wanted_spec(view, draft.world.now_ms)
+    world = draft.world
+    wanted = wanted_spec(view, world.now_ms)
     if wanted == view.spec and wanted.epoch is not None:
+        return
+    declared_ms = world.now_ms - view.deployment.updated_ms
+    if view.spec.epoch is None and not world.settled and declared_ms > RESTORED_MS:
+        # Its data were lost. A spec would tell proxies that the replicas recorded now are all there
+        # are, and end their streams on the others: agents get time to register what runs.
         return
     reason = "the routing spec differs from what is declared"
     draft.add(WriteSpec(spec=wanted, reason=reason, event=_spec_event(view, wanted)))

@@ -21,6 +21,8 @@ from shared.models.routing import Beat, Lease
 from shared.registry.ledger import ReapReply
 
 BEAT_S: Final = 1.0
+AWAY_BEAT_S: Final = 0.5
+"""While the ledger is away beats are what finds it again, and there is nothing else to ask it."""
 BEAT_JITTER: Final = 0.2
 COMPARE_S: Final = 30.0
 REAP_ROUNDS: Final = 100
@@ -63,7 +65,9 @@ class Beats:
 
     def interval_s(self) -> float:
         """Return the time to the next beat."""
-        return BEAT_S * self._random.uniform(1 - BEAT_JITTER, 1 + BEAT_JITTER)
+        away = any(served.reservations.breaker.open for served in self._fleet.served())
+        beat_s = AWAY_BEAT_S if away else BEAT_S
+        return beat_s * self._random.uniform(1 - BEAT_JITTER, 1 + BEAT_JITTER)
 
     async def beat_all(self) -> None:
         """Beat once for every model."""

@@ -112,7 +112,9 @@ class Convergence:
 
     async def read_catalogue(self) -> None:
         """Read the catalogue once, and the snapshots of models that are new."""
-        unread = self._tables.apply_catalogue(await self._catalogue.deployments())
+        deployments = await self._catalogue.deployments()
+        now_s = asyncio.get_running_loop().time()
+        unread = self._tables.apply_catalogue(deployments, now_s)
         for model in unread:
             try:
                 await self._read(model)

@@ -19,6 +19,8 @@ from shared.models.routing import ModelSpec, Snapshot
 from shared.registry.ledger import BUSY, NONE
 
 NO_VERSION = -1
+VANISHED_S = 15.0
+"""A model that left the catalogue without having been marked as deleted is kept for this long."""
 
 
 class StoredTable(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,6 +70,7 @@ class Tables:
         self._names: dict[str, ModelTable] = {}
         self._listeners: list[Changed] = []
         self._ended: set[str] = set()
+        self._vanished_s: dict[str, float] = {}
         self.catalogued = False
         """The catalogue and its models have been read once: from Redis, or from our own copy."""
 
@@ -90,17 +93,20 @@ class Tables:
         """Give all models, by name."""
         return [self._models[name] for name in sorted(self._models)]
 
-    def apply_catalogue(self, deployments: Mapping[str, Deployment]) -> list[str]:
+    def apply_catalogue(self, deployments: Mapping[str, Deployment], now_s: float) -> list[str]:
         """Take over the declared models; return those whose tables must be read.
 
         An empty catalogue where there was one is taken for lost data, not for an empty fleet,
-        unless every model was seen to be deleted.
+        unless every model was seen to be deleted. A model that is missing among others may be lost
+        too, until those who remember it have declared it again: it is kept for a while.
         """
         self._ended.update(name for name, deployment in deployments.items() if deployment.deleted)
         declared = {name: d for name, d in deployments.items() if not d.deleted}
         lost = not deployments and not self._models.keys() <= self._ended
-        for name in [] if lost else list(self._models):
-            if name not in declared:
+        gone = [] if lost else [name for name in self._models if name not in declared]
+        self._vanished_s = {name: self._vanished_s.get(name, now_s) for name in gone}
+        for name, since_s in self._vanished_s.items():
+            if name in self._ended or now_s - since_s >= VANISHED_S:
                 del self._models[name]
         unread: list[str] = []
         for name, deployment in declared.items():

@@ -38,18 +38,21 @@ FLEET_KEYS: Final = MappingProxyType(
         "epoch": "string",
         "deployments": "hash",
         "revisions": "hash",
+        "forgotten": "hash",
         "hosts": "hash",
         "orders:<host>": "hash",
+        "drill:<host>": "string",
         "members": "hash",
         "hb": "zset",
         "holds": "hash",
         "events": "stream",
+        "production": "string",
         "schema": "string",
     }
 )
 """Suffix → type of the keys of the fleet."""
 
-EXPIRING_KEYS: Final = frozenset({"{ctl}:leader"})
+EXPIRING_KEYS: Final = frozenset({"{ctl}:leader", "{ctl}:drill:<host>"})
 """Keys that must have a TTL; no other key has one."""
 
 PROXY_PART: Final = "lease:<proxy>"
@@ -116,12 +119,14 @@ class FleetKeys:
         "deployments",
         "epoch",
         "events",
+        "forgotten",
         "hb",
         "holds",
         "hosts",
         "leader",
         "members",
         "prefix",
+        "production",
         "revisions",
         "schema",
     )
@@ -132,16 +137,22 @@ class FleetKeys:
         self.epoch = self.prefix + "epoch"
         self.deployments = self.prefix + "deployments"
         self.revisions = self.prefix + "revisions"
+        self.forgotten = self.prefix + "forgotten"
         self.hosts = self.prefix + "hosts"
         self.members = self.prefix + "members"
         self.hb = self.prefix + "hb"
         self.holds = self.prefix + "holds"
         self.events = self.prefix + "events"
+        self.production = self.prefix + "production"
         self.schema = self.prefix + "schema"
 
     def orders(self, host: str) -> str:
         """Name the hash of the orders to the agent of `host`."""
         return f"{self.prefix}orders:{check_name('host', host)}"
+
+    def drill(self, host: str) -> str:
+        """Name the string that holds a drill's wish to the agent of `host`."""
+        return f"{self.prefix}drill:{check_name('host', host)}"
 
     def pick(self, suffixes: Iterable[str], host: str = "") -> tuple[str, ...]:
         """Name the keys that a script declares, in its order."""

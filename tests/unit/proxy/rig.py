@@ -171,7 +171,8 @@ class Rig:
 
     async def __aenter__(self) -> Self:
         source = random.Random(7)
-        self.tables.apply_catalogue({MODEL: deployment(replicas=max(1, len(self.engines)))})
+        wanted = max(1, len(self.engines))
+        self.tables.apply_catalogue({MODEL: deployment(replicas=wanted)}, 0.0)
         self.tables.catalogued = True
         self.metrics = Metrics()
         self.tables.apply_snapshot(self._snapshot())

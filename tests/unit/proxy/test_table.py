@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from services.proxy.convergence import Convergence
-from services.proxy.table import Tables, choose_least_own
+from services.proxy.table import VANISHED_S, Tables, choose_least_own
 from services.proxy.tablefile import TableFile
 from shared.errors import CorruptRecordError, RegistryUnavailableError
 from shared.lifecycle import Loops
@@ -28,7 +28,7 @@ B = replica("b", "http://b:1")
 def tables_with(*replicas: Replica, ver: int = 10) -> Tables:
     """Make tables that hold one model."""
     tables = Tables()
-    assert tables.apply_catalogue({MODEL: deployment()}) == [MODEL]
+    assert tables.apply_catalogue({MODEL: deployment()}, 0.0) == [MODEL]
     assert tables.apply_snapshot(snapshot(replicas, ver))
     return tables
 
@@ -38,7 +38,8 @@ def test_names_and_aliases() -> None:
     tables = tables_with(A)
     found = tables.resolve("org/Demo-1B")
     assert found is tables.resolve(MODEL)
-    tables.apply_catalogue({MODEL: deployment(), "org/Demo-1B": deployment("org/Demo-1B")})
+    both = {MODEL: deployment(), "org/Demo-1B": deployment("org/Demo-1B")}
+    tables.apply_catalogue(both, 0.0)
     other = tables.resolve("org/Demo-1B")
     assert other is not None
     assert other.model == "org/Demo-1B"
@@ -82,14 +83,28 @@ def test_snapshot_without_authority_is_not_taken() -> None:
 def test_lost_catalogue_keeps_the_models() -> None:
     """An empty catalogue where models were is lost data; a deletion that was announced is not."""
     tables = tables_with(A)
-    tables.apply_catalogue({})
+    tables.apply_catalogue({}, 0.0)
     assert tables.resolve(MODEL) is not None
-    tables.apply_catalogue({MODEL: deployment(deleted=True)})
+    tables.apply_catalogue({MODEL: deployment(deleted=True)}, 0.0)
     assert tables.resolve(MODEL) is None
-    tables.apply_catalogue({})
+    tables.apply_catalogue({}, 0.0)
     assert len(tables) == 0
-    tables.apply_catalogue({MODEL: deployment(), "other": deployment("other")})
-    tables.apply_catalogue({"other": deployment("other")})
+
+
+def test_a_model_that_vanishes_among_others_is_kept_for_a_while() -> None:
+    """It may be lost data that somebody declares again; after that while it is gone."""
+    tables = tables_with(A)
+    both = {MODEL: deployment(), "other": deployment("other")}
+    other = {"other": deployment("other")}
+    tables.apply_catalogue(both, 0.0)
+    tables.apply_catalogue(other, 100.0)
+    tables.apply_catalogue(other, 100.0 + VANISHED_S - 0.1)
+    assert tables.resolve(MODEL) is not None
+    tables.apply_catalogue(both, 120.0)
+    tables.apply_catalogue(other, 121.0)
+    tables.apply_catalogue(other, 121.0 + VANISHED_S - 0.1)
+    assert tables.resolve(MODEL) is not None
+    tables.apply_catalogue(other, 121.0 + VANISHED_S)
     assert tables.resolve(MODEL) is None
 
 

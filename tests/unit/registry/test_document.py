@@ -5,6 +5,7 @@ import re
 import shlex
 from pathlib import Path
 
+from shared.models.deployment import Deployment, DeploymentSpec
 from shared.models.event import Event
 from shared.models.host import Hold
 from shared.models.replica import TRANSITIONS, ReplicaState
@@ -26,6 +27,9 @@ async def test_examples_work(servers: Servers) -> None:
     registry = await open_registry(CommonSettings(redis_url=Secret(server.url)))
     await tour(registry)
     await registry.fleet.put_hold(Hold(subject="host:h1", drain=False, since_ms=1))
+    await registry.fleet.bury(
+        Deployment(spec=DeploymentSpec(name="gone"), generation=2, replicas=0, deleted=True)
+    )
     await registry.fleet.emit(Event(kind="Tested", subject="x", message="y"))
     await registry.aclose()
     read: set[str] = set()
