@@ -37,7 +37,7 @@ DECLARE: Final = ScriptSpec(
 FORGET_DEPLOYMENT: Final = ScriptSpec(
     "fleet/forget_deployment",
     "ctl",
-    ("epoch", "leader", "deployments", "revisions"),
+    ("epoch", "leader", "deployments", "revisions", "forgotten"),
     ("OK", "FENCED", "CONFLICT"),
 )
 ORDER: Final = ScriptSpec("fleet/order", "ctl", ("epoch", "leader", HOST_PART), ("OK", "FENCED"))
@@ -102,6 +102,18 @@ class Fleet:
         keys = self._keys.pick(FORGET_DEPLOYMENT.keys)
         args = (fence.epoch, fence.owner, model)
         return _refusal(await self._connection.evalsha(FORGET_DEPLOYMENT, keys, args))
+
+    async def forgotten(self) -> Records[Deployment]:
+        """Read the deployments that were deleted and are gone, as they were last, by model."""
+        return await self._records(self._keys.forgotten, Deployment, lambda d: d.spec.name)
+
+    async def bury(self, deployment: Deployment) -> None:
+        """Note that a deployment was deleted and is gone, after that note was lost."""
+        await self._put(self._keys.forgotten, deployment.spec.name, deployment)
+
+    async def exhume(self, model: str) -> None:
+        """Drop the note that a model was deleted."""
+        await self._connection.command("HDEL", self._keys.forgotten, model)
 
     async def hosts(self) -> Records[Host]:
         """Read every registered host by name."""
