@@ -5,6 +5,7 @@ from typing import Self
 import msgspec
 
 from shared.registry.connection import Connection, check_schema, connect, patiently
+from shared.registry.drills import Drills
 from shared.registry.fleet import Fleet
 from shared.registry.keys import Keys
 from shared.registry.leadership import Leadership
@@ -25,6 +26,7 @@ class Registry(msgspec.Struct, frozen=True, kw_only=True):
     specs: Specs
     leadership: Leadership
     fleet: Fleet
+    drills: Drills
     routes: Routes
 
     @classmethod
@@ -38,6 +40,7 @@ class Registry(msgspec.Struct, frozen=True, kw_only=True):
             specs=Specs(connection, keys),
             leadership=Leadership(connection, keys),
             fleet=Fleet(connection, keys),
+            drills=Drills(connection, keys),
             routes=Routes(connection, keys),
         )
 

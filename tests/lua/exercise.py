@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 
 from shared.models.deployment import Deployment, DeploymentSpec
+from shared.models.drill import DrillAct, DrillWish, Production
 from shared.models.event import Event
 from shared.models.host import Host, Member, MemberKind
 from shared.models.order import Order, OrderAction
@@ -146,4 +147,6 @@ async def tour(registry: Registry) -> None:
     await registry.fleet.tell(
         fence, Event(kind="Toured", subject=f"deployment/{MODEL}", message="")
     )
+    await registry.drills.mark_production(Production(since_ms=1, by="op"))
+    assert await registry.drills.wish("h1", DrillWish(id="d", rid="r1", gen=7, act=DrillAct.KILL))
     await registry.leadership.resign("c2")
