@@ -13,6 +13,8 @@ ENGINE ?= auto
 MODELS ?= deploy/models/demo.json
 # More options for `redmesh up`, such as UP="--detach --port 9000".
 UP ?=
+# More options for the benchmark, such as BENCH="--rounds 9 --workload stream".
+BENCH ?=
 # More options for pytest, such as PYTEST="-x -k ledger".
 PYTEST ?=
 
@@ -89,6 +91,13 @@ test-fast: setup system ## Run the tests that need neither vLLM nor a mesh nor l
 .PHONY: test-slow
 test-slow: setup system engine ## Run the tests on real vLLM, on whole meshes and under load
 	$(BIN)/pytest -m "$(SLOW)" --durations=15 $(PYTEST)
+
+##@ Measure
+
+.PHONY: bench
+bench: setup ## Measure what the proxy costs, in turns with nginx (some minutes, two quiet cores)
+	@deploy/bootstrap/system.sh bench || echo "going on: what is missing is said below"
+	@exec $(BIN)/python -m tests.bench $(BENCH)
 
 ##@ Maintain
 

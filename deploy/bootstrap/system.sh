@@ -1,21 +1,26 @@
 #!/usr/bin/env bash
-# Sees to what the demo, the engine or the tests need from the system: installs what is missing
-# where we are root on Debian, else says what to install. Nothing is ever skipped for want of it.
-# Usage: system.sh demo|engine|tests
+# Sees to what the demo, the engine, the tests or the benchmark need from the system: installs what
+# is missing where we are root on Debian, else says what to install. Nothing is ever skipped for
+# want of it.
+# Usage: system.sh demo|engine|tests|bench
 set -euo pipefail
 . "$(dirname "$0")/common.sh"
 PATH="$PATH:/usr/sbin:/sbin"
 
-# Each line: what must be there (a program, or a library by its file name), and its Debian package.
+# Each line: what must be there (a program, a library by its file name, or a path), and its Debian
+# package.
+compiler=(cc:gcc /usr/include/stdio.h:libc6-dev) # the benchmark's load generator is in C
 case "${1:-}" in
 demo) needed=(curl:curl redis-cli:redis-tools) ;;
 engine) needed=(libnuma.so.1:libnuma1) ;; # vLLM's CPU kernels are linked with it
-tests) needed=(redis-server:redis-server luacheck:lua-check ip:iproute2) ;;
-*) die "usage: system.sh demo|engine|tests" ;;
+tests) needed=(redis-server:redis-server luacheck:lua-check ip:iproute2 "${compiler[@]}") ;;
+bench) needed=(redis-server:redis-server nginx:nginx-light "${compiler[@]}") ;;
+*) die "usage: system.sh demo|engine|tests|bench" ;;
 esac
 
 is_there() {
   case "$1" in
+  /*) [ -e "$1" ] ;;
   *.so.*) ldconfig -p | grep -F "$1" >/dev/null ;;
   *) command -v "$1" >/dev/null ;;
   esac
@@ -30,10 +35,12 @@ done
 may_apt || die "missing system packages: ${missing[*]}; as root: apt-get install ${missing[*]}"
 say "installing Debian packages: ${missing[*]}"
 apt_install "${missing[@]}" || die "apt-get could not install: ${missing[*]}"
-# The tests start servers of their own; the package's service would only occupy port 6379.
-if [[ " ${missing[*]} " = *" redis-server "* ]] && [ -d /run/systemd/system ]; then
-  systemctl disable --quiet redis-server
-fi
+# We start servers of our own; a package's service would only occupy its port.
+for service in redis-server nginx; do
+  if [[ " ${missing[*]} " = *" $service"* ]] && [ -d /run/systemd/system ]; then
+    systemctl disable --quiet "$service"
+  fi
+done
 for pair in "${needed[@]}"; do
   is_there "${pair%%:*}" || die "${pair%%:*} is still missing after installing ${pair#*:}"
 done

@@ -1,0 +1,159 @@
+"""What is measured: each server is one process tree on the measured core, before the replicas."""
+
+import asyncio
+import os
+import shutil
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from shared.models.deployment import StreamFailover
+from shared.registry import open_registry
+from shared.secret import Secret
+from shared.settings import CommonSettings
+from tests.bench.machine import BenchError, Cores
+from tests.support.servers import RedisServer, any_binary, free_port
+from tests.support.standalone import declare, proxy
+from tests.support.waiting import wait_until
+
+
+class Server(NamedTuple):
+    """A server that runs."""
+
+    name: str
+    port: int
+    pid: int
+    model: str = "bench"
+    reserved: Callable[[], int] | None = None
+    """Counts the reservations that it holds, where it holds any."""
+
+
+class Site(NamedTuple):
+    """What a server needs to know to be started."""
+
+    cores: Cores
+    replica_ports: Sequence[int]
+    folder: Path
+    redis: RedisServer
+
+
+Start = Callable[[Site], AbstractAsyncContextManager[Server]]
+
+_NGINX: Final = """
+daemon off;
+master_process off;
+pid {folder}/nginx.pid;
+error_log {folder}/nginx.log error;
+events {{ worker_connections 40000; }}
+http {{
+  access_log off;
+  client_body_temp_path {folder}/body;
+  proxy_temp_path {folder}/proxy;
+  fastcgi_temp_path {folder}/fastcgi;
+  uwsgi_temp_path {folder}/uwsgi;
+  scgi_temp_path {folder}/scgi;
+  upstream replicas {{
+    least_conn;
+    {replicas}
+    keepalive 1024;
+    keepalive_requests 100000000;
+  }}
+  server {{
+    listen 127.0.0.1:{port} backlog=4096;
+    keepalive_requests 100000000;
+    client_body_buffer_size 1m;
+    location / {{
+      proxy_pass http://replicas;
+      proxy_http_version 1.1;
+      proxy_set_header Connection "";
+      proxy_buffering off;
+    }}
+  }}
+}}
+"""
+
+
+def nginx_program() -> str | None:
+    """Find nginx, which Debian installs where users do not look."""
+    return shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+
+
+@asynccontextmanager
+async def nginx(site: Site) -> AsyncGenerator[Server]:
+    """Run nginx as a plain reverse proxy: one worker, least connections, nothing buffered."""
+    program = nginx_program()
+    if program is None:
+        raise BenchError("nginx is not installed: apt-get install nginx-light")
+    port = free_port()
+    replicas = "\n    ".join(f"server 127.0.0.1:{each};" for each in site.replica_ports)
+    config = site.folder / "nginx.conf"
+    config.write_text(_NGINX.format(folder=site.folder, port=port, replicas=replicas))
+    process = await asyncio.create_subprocess_exec(
+        *(*site.cores.on_measured(), program, "-p", site.folder, "-c", config),
+        *("-e", site.folder / "nginx.log"),
+    )
+    try:
+        await wait_until(lambda: _listens(port), what="nginx listens")
+        yield Server("nginx", port, process.pid)
+    finally:
+        process.terminate()
+        await process.wait()
+
+
+def redmesh(name: str, failover: StreamFailover) -> Start:
+    """Make a server of redmesh's proxy, for a model of its own with this kind of failover."""
+
+    @asynccontextmanager
+    async def start(site: Site) -> AsyncGenerator[Server]:
+        urls = [f"http://127.0.0.1:{port}" for port in site.replica_ports]
+        registry = await open_registry(CommonSettings(redis_url=Secret(site.redis.url)))
+        try:
+            await declare(registry, name, urls, stream_failover=failover)
+            key = registry.keys.model(name).nreq
+        finally:
+            await registry.aclose()
+
+        def reserved() -> int:
+            return int(site.redis.command("HGET", key, "*") or 0)
+
+        async with proxy(
+            site.redis.url,
+            prefix=site.cores.on_measured(),
+            log=str(site.folder / f"{name}.log"),
+            log_level="warning",
+        ) as running:
+            await wait_until(lambda: running.serves(name), timeout_s=30, what=f"{name} serves")
+            yield Server(name, running.port, running.pid, name, reserved)
+
+    return start
+
+
+@asynccontextmanager
+async def redis_for(folder: Path, cores: Cores) -> AsyncGenerator[RedisServer]:
+    """Run the Redis that the proxies share, away from the measured core."""
+    server = RedisServer(any_binary(), folder / "redis")
+    try:
+        said = server.command("INFO", "server").decode()
+        pid = next(x for x in said.splitlines() if x.startswith("process_id:")).split(":")[1]
+        os.sched_setaffinity(int(pid), {cores.others})
+        yield server
+    finally:
+        server.kill()
+
+
+SERVERS: Final[Mapping[str, Start]] = {
+    "nginx": nginx,
+    "redmesh-armed": redmesh("redmesh-armed", StreamFailover.VALID),
+    "redmesh-disarmed": redmesh("redmesh-disarmed", StreamFailover.OFF),
+}
+"""By name, in the order in which a round asks them."""
+
+
+async def _listens(port: int) -> bool:
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+    except OSError:
+        return False
+    writer.close()
+    return True
