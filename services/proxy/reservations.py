@@ -48,7 +48,7 @@ class BatchLedger(Protocol):
 class _Entry:
     """One operation on its way to the ledger."""
 
-    __slots__ = ("answer", "answered", "cost_tokens", "deadline_s", "op", "request")
+    __slots__ = ("answer", "answered", "asked_s", "cost_tokens", "deadline_s", "op", "request")
 
     def __init__(self, request: str, op: Op) -> None:
         self.request = request
@@ -56,6 +56,7 @@ class _Entry:
         self.answer: Answer | None = None
         self.answered = False
         self.cost_tokens = 0
+        self.asked_s = 0.0
         self.deadline_s = 0.0
 
 
@@ -113,10 +114,11 @@ class Reservations:
         entry = _Entry(request, op)
         entry.answer = answer
         entry.cost_tokens = cost_tokens
+        entry.asked_s = self._loop.time()
         if self.breaker.open:
             self._decide_locally(entry)
             return
-        entry.deadline_s = self._loop.time() + RESERVE_DEADLINE_S
+        entry.deadline_s = entry.asked_s + RESERVE_DEADLINE_S
         self._undecided.append(entry)
         if self._deadline is None:
             self._deadline = self._loop.call_at(entry.deadline_s, self._decide_overdue)
@@ -325,7 +327,9 @@ class Reservations:
     def _give(self, entry: _Entry, result: str) -> None:
         entry.answered = True
         answer = entry.answer
+        now_s = self._loop.time()
+        self._metrics.choice_s.observe(now_s - entry.asked_s)
         if result not in {BUSY, NONE}:
-            self.live.add(entry.request, Holding(result, entry.cost_tokens, self._loop.time()))
+            self.live.add(entry.request, Holding(result, entry.cost_tokens, now_s))
         if answer is not None:
             answer(result)

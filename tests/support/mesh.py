@@ -139,8 +139,12 @@ def sim_model(
 class Mesh:
     """A running mesh, as a test sees it."""
 
-    def __init__(self, state_dir: Path, port: int, proxies: int, mark: str) -> None:
+    def __init__(
+        self, state_dir: Path, port: int, proxies: int, mark: str, env: Mapping[str, str]
+    ) -> None:
         self.state = StateDir(state_dir)
+        self.env = dict(env)
+        """What an operator of this mesh has in the environment."""
         self.mark = mark
         self.ports = tuple(range(port, port + proxies))
 
@@ -174,7 +178,8 @@ class Mesh:
 
     def redmesh(self, *arguments: str | Path, timeout_s: float = 60.0) -> Done:
         """Run `redmesh` for this mesh."""
-        return redmesh(*arguments, "--state-dir", self.state.path, timeout_s=timeout_s)
+        where = ("--state-dir", self.state.path)
+        return redmesh(*arguments, *where, env=self.env, timeout_s=timeout_s)
 
     async def ask(self, *arguments: str | Path, timeout_s: float = 60.0) -> Done:
         """Run `redmesh` for this mesh while the test's loop goes on."""
@@ -189,7 +194,11 @@ class Mesh:
     @contextlib.asynccontextmanager
     async def registry(self) -> AsyncGenerator[Registry]:
         """Open the mesh's registry."""
-        registry = await open_registry(CommonSettings(redis_url=Secret(self.redis_url)))
+        settings = CommonSettings(
+            redis_url=Secret(self.redis_url),
+            redis_password_file=self.env.get("REDMESH_REDIS_PASSWORD_FILE", ""),
+        )
+        registry = await open_registry(settings)
         try:
             yield registry
         finally:
@@ -229,7 +238,7 @@ def start(
     """Run a mesh while the block runs; afterwards nothing of it may be left."""
     mark = uuid.uuid4().hex
     with tempfile.TemporaryDirectory(prefix="redmesh-test-", ignore_cleanup_errors=True) as folder:
-        mesh = Mesh(Path(folder) / "state", free_ports(proxies), proxies, mark)
+        mesh = Mesh(Path(folder) / "state", free_ports(proxies), proxies, mark, env or {})
         done = redmesh(
             *("up", "--detach", "--models", models, "--engine", engine),
             *("--port", str(mesh.ports[0]), "--timeout", str(timeout_s)),

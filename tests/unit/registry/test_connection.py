@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 import redis.asyncio
@@ -230,3 +231,34 @@ async def test_unsupported_schema(registry: Registry, found: str) -> None:
     with pytest.raises(SchemaVersionError, match="REDMESH_KEY_PREFIX"):
         await check_schema(registry.connection, registry.keys)
     await registry.connection.command("DEL", key)
+
+
+async def test_password_from_a_file_is_read_for_each_connection(
+    servers: Servers, tmp_path: Path
+) -> None:
+    """A rotated password opens new connections as soon as it stands in the file."""
+    server = servers.new(password=PASSWORD)
+    file = tmp_path / "password"
+    file.write_text(f"{PASSWORD}\n")
+    url = Secret(f"redis://:outdated@127.0.0.1:{server.port}/0")
+    connection = await connect(CommonSettings(redis_url=url, redis_password_file=str(file)))
+    server.command("CONFIG", "SET", "requirepass", "rotated")
+    await connection.ping()
+    server.password = "rotated"
+    server.command("CLIENT", "KILL", "TYPE", "normal")
+    with pytest.raises(RegistryRefusedError, match="REDMESH_REDIS_PASSWORD_FILE"):
+        await connection.ping()
+    file.unlink()
+    with pytest.raises(RegistryRefusedError, match="cannot be read"):
+        await connection.ping()
+    file.write_text("rotated")
+    await connection.ping()
+    await connection.aclose()
+    server.kill()
+
+
+async def test_many_models_at_once_on_a_cluster(servers: Servers) -> None:
+    """The client of a cluster does not refuse what its connections cannot carry at once."""
+    registry = await open_registry(settings(servers.cluster().url, "t-many"), hot=True)
+    await asyncio.gather(*(registry.ledger.beat("m", f"p{n}") for n in range(60)))
+    await registry.aclose()
