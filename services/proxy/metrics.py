@@ -10,6 +10,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 STATUS_CLASSES: Final = ("2xx", "4xx", "5xx", "cut", "gone")
 """Outcomes of a request: by status; `cut`: broken after its first byte; `gone`: client left."""
+FAILOVERS: Final = ("exact", "valid", "refused", "failed")
+"""What became of a stream that lost its replica; the first two each time it went on."""
 _LATENCY_S: Final = (
     0.005,
     0.01,
@@ -76,6 +78,13 @@ class Metrics:
             ("model", "reason"),
             registry=r,
         )
+        self.failovers = Counter(
+            "redmesh_proxy_stream_failovers",
+            "Streams that lost their replica, by what became of them: gone on exactly, gone on "
+            "with another sample, refused by the rules, or failed for want of a replica.",
+            ("model", "outcome"),
+            registry=r,
+        )
         self.ejections = Counter(
             "redmesh_proxy_ejections", "Replicas ejected locally.", ("model",), registry=r
         )
@@ -95,6 +104,13 @@ class Metrics:
         self.batch_s = Histogram(
             "redmesh_proxy_ledger_batch_seconds",
             "Duration of one ledger call.",
+            ("model",),
+            buckets=_BATCH_S,
+            registry=r,
+        )
+        self.choice_s = Histogram(
+            "redmesh_proxy_choice_seconds",
+            "From asking for a replica to having one, by the ledger or without it.",
             ("model",),
             buckets=_BATCH_S,
             registry=r,
@@ -147,6 +163,7 @@ class LedgerMetrics:
         "batch_ops",
         "batch_s",
         "breaker_open",
+        "choice_s",
         "drift",
         "errors",
         "local_choices",
@@ -158,6 +175,7 @@ class LedgerMetrics:
         self.batch_ops = metrics.batch_ops.labels(model)
         self.batch_s = metrics.batch_s.labels(model)
         self.breaker_open = metrics.breaker_open.labels(model)
+        self.choice_s = metrics.choice_s.labels(model)
         self.drift = metrics.drift.labels(model)
         self.errors = metrics.ledger_errors.labels(model)
         self.local_choices = metrics.local_choices.labels(model)
@@ -168,12 +186,21 @@ class LedgerMetrics:
 class ModelMetrics:
     """The request metrics of one model."""
 
-    __slots__ = ("duration", "ejections", "events", "first_byte", "outcomes", "retries")
+    __slots__ = (
+        "duration",
+        "ejections",
+        "events",
+        "failovers",
+        "first_byte",
+        "outcomes",
+        "retries",
+    )
 
     def __init__(self, metrics: Metrics, model: str, reasons: tuple[str, ...]) -> None:
         self.first_byte = metrics.first_byte.labels(model)
         self.duration = metrics.duration.labels(model)
         self.events = metrics.events.labels(model)
         self.ejections = metrics.ejections.labels(model)
+        self.failovers = {kind: metrics.failovers.labels(model, kind) for kind in FAILOVERS}
         self.outcomes = {kind: metrics.requests.labels(model, kind) for kind in STATUS_CLASSES}
         self.retries = {reason: metrics.retries.labels(model, reason) for reason in reasons}
