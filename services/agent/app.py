@@ -18,6 +18,7 @@ import structlog
 
 import services
 from services.agent import inventory
+from services.agent.drills import Drills
 from services.agent.engine import TEARDOWN_S, Tools
 from services.agent.keeper import Keeper
 from services.agent.launch import Surroundings, usable
@@ -124,7 +125,9 @@ class Agent:
                 lambda: self.keeper.beat(member, self._host),
             ),
         )
-
+        if settings.drills_allowed:
+            drills = Drills(self._clock, self._host.host)
+            self._loops.start("drills", drills.run(lambda: self._registry, self.keeper.views))
         self._loops.start(
             "remember",
             every(

@@ -36,6 +36,7 @@ def look(settings: AgentSettings, started_ms: int) -> Host:
         engines=tuple(kind.value for kind in engines),
         max_replicas=settings.max_replicas,
         agent_started_ms=started_ms,
+        drills_allowed=settings.drills_allowed,
     )
 
 

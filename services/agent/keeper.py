@@ -16,6 +16,7 @@ from services.agent.reconcile import (
     Amend,
     Declared,
     Drain,
+    EngineView,
     Forget,
     Orphan,
     Phase,
@@ -86,6 +87,10 @@ class Keeper:
     def online(self) -> bool:
         """Redis answered the last call."""
         return self._online
+
+    def views(self) -> dict[str, EngineView]:
+        """Say how every engine stands now."""
+        return {rid: engine.view() for rid, engine in self.engines.items()}
 
     def connect(self, registry: Registry) -> None:
         """Use `registry` from now on; until then the agent works as if Redis were away."""
@@ -180,7 +185,7 @@ class Keeper:
             now_s=self._clock.monotonic_s(),
             online=online,
             orders=orders,
-            engines={rid: engine.view() for rid, engine in self.engines.items()},
+            engines=self.views(),
             records=self._records,
             declared=declared or Declared(),
             accepting=not self._exiting,

@@ -53,6 +53,8 @@ class AgentSettings(CommonSettings, frozen=True, kw_only=True):
     """Seconds between readings of an engine's load."""
     orphan_grace_s: float = 600.0
     """How long an engine that nobody orders, records or declares is kept."""
+    drills_allowed: bool = False
+    """Whether `redmesh drill` may kill and freeze engines of this host through Redis."""
 
     @property
     def engine_python_path(self) -> Path:

@@ -25,6 +25,8 @@ COMMANDS: Final = MappingProxyType(
         "drain": ("steer", "move everything off a host, or a replica out of service"),
         "logs": ("logs", "show the log of a replica or a service"),
         "audit": ("auditing", "compare the ledger with the proxies and the engines"),
+        "drill": ("drill.command", "rehearse a failure, and judge what the mesh makes of it"),
+        "production": ("drill.production", "mark a fleet that real users depend on"),
         "doctor": ("doctor", "find what is wrong here, and say what to do"),
         "redis": ("rediscommand", "run one Redis command on the mesh's Redis"),
         "supervise": ("supervise", ""),

@@ -28,6 +28,8 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
     max_replicas: int = 64
     labels: dict[str, str] = msgspec.field(default_factory=dict[str, str])
     agent_started_ms: int = 0
+    drills_allowed: bool = False
+    """Its agent kills and freezes engines when a drill wishes so."""
 
 
 class MemberKind(StrEnum):

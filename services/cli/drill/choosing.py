@@ -1,0 +1,66 @@
+"""Which injector does a drill here: the nearest one that can, or the one that was named."""
+
+from enum import StrEnum
+
+import msgspec
+
+from services.cli.drill import local, remote
+from services.cli.drill.catalogue import Drill, Fault
+from services.cli.drill.injection import Injection, cannot
+from services.cli.drill.scene import Scene
+from shared.registry import Registry
+
+
+class Via(StrEnum):
+    """How a fault gets to where it strikes."""
+
+    AUTO = "auto"
+    SIGNAL = "signal"
+    """Signals to processes that `redmesh up` runs on this machine."""
+    LINK = "link"
+    """The links of a mesh that was started with `redmesh up --links`."""
+    AGENT = "agent"
+    """The agent of the host that runs the engine."""
+    REDIS = "redis"
+    """Commands of Redis itself."""
+    DECLARE = "declare"
+    """What an operator declares."""
+    ECS = "ecs"
+    """Tasks that Amazon ECS stops."""
+
+
+class Means(msgspec.Struct, frozen=True, kw_only=True):
+    """What the command line gives an injector to work with."""
+
+    via: Via
+    hold_s: float
+    ecs_cluster: str = ""
+
+
+async def choose(drill: Drill, scene: Scene, registry: Registry, means: Means) -> Injection:
+    """Make the fault ready by the injector that fits; raise `InvalidInputError` if none does."""
+    via = _fitting(drill, scene, means) if means.via is Via.AUTO else means.via
+    match via:
+        case Via.SIGNAL if drill.fault in local.FAULTS:
+            return local.prepare(drill, scene)
+        case Via.AGENT if drill.fault in remote.AGENT_FAULTS:
+            return remote.by_agent(drill, scene, registry, means.hold_s)
+        case Via.REDIS if drill.fault in remote.REDIS_FAULTS:
+            return await remote.by_redis(drill, registry, means.hold_s)
+        case Via.DECLARE if drill.fault is Fault.ROLL:
+            return remote.by_declaring(scene, registry)
+        case _:
+            raise cannot(drill, f"--via {via} has no way to bring this fault about")
+
+
+def _fitting(drill: Drill, scene: Scene, means: Means) -> Via:
+    if drill.fault is Fault.ROLL:
+        return Via.DECLARE
+    if scene.mesh is not None and drill.fault in local.FAULTS:
+        return Via.SIGNAL
+    if drill.fault in remote.AGENT_FAULTS:
+        return Via.AGENT
+    if drill.fault in remote.REDIS_FAULTS:
+        return Via.REDIS
+    del means
+    raise cannot(drill, "nothing here can bring this fault about")
