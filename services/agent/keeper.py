@@ -33,7 +33,7 @@ from services.agent.starting import Starter
 from services.agent.statefile import EngineFolders, is_folder_name
 from services.agent.telemetry import Telemetry
 from shared.clock import Clock
-from shared.errors import RegistryError
+from shared.errors import CorruptRecordError, RegistryError
 from shared.ids import is_name
 from shared.lifecycle import Loops
 from shared.models.host import Host, Member
@@ -77,6 +77,7 @@ class Keeper:
         self._registry: Registry | None = None
         self._reporter: Reporter | None = None
         self._online = False
+        self._trouble: RegistryError | None = None
         self._exiting = False
         self._orders: dict[str, Order] = {}
         self._records: dict[str, Replica] = {}
@@ -151,7 +152,10 @@ class Keeper:
             return self._world(online=False)
         registry = self._registry
         # Orders before records: a record is written before its order, so each order's is seen.
-        self._orders = self._sound(await registry.fleet.orders(self._settings.host_name))
+        host = self._settings.host_name
+        if isinstance(self._trouble, CorruptRecordError):
+            await registry.fleet.set_aside(registry.keys.fleet.orders(host), "hash")
+        self._orders = self._sound(await registry.fleet.orders(host))
         models = {order.model for order in self._orders.values()}
         models |= {engine.order.model for engine in self.engines.values()}
         records: dict[str, Replica] = {}
@@ -266,6 +270,7 @@ class Keeper:
         self._folders.forget(rid)
 
     def _set_online(self, error: RegistryError | None) -> None:
+        self._trouble = error
         online = error is None and self._registry is not None
         if online != self._online:
             if online:

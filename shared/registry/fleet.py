@@ -5,6 +5,7 @@ something of another name or of a name that may not come near a key, is left out
 `corrupt` of the result, so that foreign data can be reported and hurts nobody.
 """
 
+import asyncio
 import contextlib
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
@@ -17,7 +18,7 @@ from shared.models.event import Event, EventLevel
 from shared.models.host import Hold, Host, Member
 from shared.models.order import Order
 from shared.registry.connection import Argument, Connection
-from shared.registry.keys import HOST_PART, Keys
+from shared.registry.keys import FLEET_KEYS, HOST_PART, Keys
 from shared.registry.ledger import READ
 from shared.registry.loader import ScriptSpec
 from shared.registry.results import (
@@ -56,6 +57,8 @@ TELL: Final = ScriptSpec("fleet/tell", "ctl", ("epoch", "leader", "events"), ("O
 MEMBERS: Final = ScriptSpec("fleet/members", "ctl", ("members", "hb"), ("OK",))
 
 EVENTS_KEPT: Final = 10_000
+ASIDE_S: Final = 7 * 24 * 3600
+"""How long foreign data that stood in one of our keys is kept."""
 
 T = TypeVar("T")
 
@@ -218,6 +221,32 @@ class Fleet:
             with contextlib.suppress(ValueError, TypeError, KeyError):
                 events.append(_event(text_of(entry[0]), entry[1]))
         return events
+
+    async def quarantine(self) -> list[str]:
+        """Set aside every key of the fleet that holds another type of data; returns which.
+
+        Orders are looked after by the agent that they are for.
+        """
+        kinds = {
+            self._keys.prefix + suffix: kind
+            for suffix, kind in FLEET_KEYS.items()
+            if suffix != HOST_PART
+        }
+        moved = await asyncio.gather(*(self.set_aside(key, kind) for key, kind in kinds.items()))
+        return [key for key, done in zip(kinds, moved, strict=True) if done]
+
+    async def set_aside(self, key: str, kind: str) -> bool:
+        """Rename a key that holds anything but a `kind`; nothing is deleted for a week.
+
+        Every script would stumble over it; what belongs there is written anew by those who know.
+        """
+        found = text_of(await self._connection.command("TYPE", key))
+        if found in {kind, "none"}:
+            return False
+        aside = self._keys.aside(key)
+        await self._connection.command("RENAME", key, aside)
+        await self._connection.command("EXPIRE", aside, ASIDE_S)
+        return True
 
     async def _records(self, key: str, kind: type[T], name: Callable[[T], str]) -> Records[T]:
         reply = await self._connection.evalsha(READ, (key,), ())

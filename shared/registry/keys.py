@@ -154,6 +154,12 @@ class FleetKeys:
         """Name the string that holds a drill's wish to the agent of `host`."""
         return f"{self.prefix}drill:{check_name('host', host)}"
 
+    def aside(self, key: str) -> str:
+        """Name where foreign data go that stood in `key`: same slot, same prefix, nobody's key."""
+        return (
+            f"{self.prefix.removesuffix('{ctl}:')}foreign:{{ctl}}:{key.removeprefix(self.prefix)}"
+        )
+
     def pick(self, suffixes: Iterable[str], host: str = "") -> tuple[str, ...]:
         """Name the keys that a script declares, in its order."""
         return tuple(

@@ -110,15 +110,32 @@ async def test_records_that_do_not_parse_are_left_out_and_told(
     assert await command("HGET", fleet.deployments, JUNK) == b"{", "foreign data is not deleted"
 
 
-@pytest.mark.parametrize(
-    "suffix",
-    ["deployments", "hosts", "members", "orders:local-1", "leader"],
-)
-async def test_a_fleet_key_of_a_foreign_type_stops_no_traffic(
+@pytest.mark.parametrize("suffix", ["deployments", "hosts", "members", "orders:local-1", "leader"])
+async def test_a_fleet_key_of_a_foreign_type_is_set_aside(
     mesh: Mesh, registry: Registry, suffix: str
 ) -> None:
-    """A fleet key that holds something else: traffic goes on, and the fleet when it is gone."""
-    await _swap(mesh, registry, f"redmesh:{{ctl}}:{suffix}")
+    """Foreign data in a fleet key are moved away, told, kept, and what was there is made anew."""
+    command = registry.connection.command
+    key = f"redmesh:{{ctl}}:{suffix}"
+    aside = registry.keys.fleet.aside(key)
+    await command("DEL", key)
+    await command("LPUSH", key, "foreign")
+    await served(mesh)
+
+    async def moved() -> bool:
+        return bool(await command("EXISTS", aside))
+
+    await wait_until(moved, what="the foreign data are set aside")
+    assert await command("LRANGE", aside, 0, -1) == [b"foreign"], "foreign data are not deleted"
+    assert await command("TTL", aside) > 0
+    await command("DEL", aside)
+    await scales(mesh, registry)
+    await served(mesh, 2)
+
+    async def clean() -> bool:
+        return (await mesh.ask("audit")).code == 0
+
+    await wait_until(clean, timeout_s=20, what="audit clean")
 
 
 @pytest.mark.parametrize("suffix", ["replicas", "ready", "px", "ver"])

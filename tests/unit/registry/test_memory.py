@@ -132,3 +132,20 @@ async def test_a_copy_of_another_fleet_brings_nothing(registry: Registry, tmp_pa
     await lose_everything(registry)
     await Remembering(tmp_path).refresh(registry)
     assert not await registry.fleet.deployments()
+
+
+async def test_foreign_data_are_set_aside(registry: Registry) -> None:
+    """A fleet key of another type is renamed, with an end; keys of the right type stay."""
+    keys, command = registry.keys.fleet, registry.connection.command
+    assert await registry.fleet.declare("m", version(1), 0)
+    await command("SET", keys.hosts, "x")
+    await command("RPUSH", keys.orders("h"), "y")
+    assert await registry.fleet.quarantine() == [keys.hosts]
+    assert await registry.fleet.set_aside(keys.orders("h"), "hash")
+    assert not await registry.fleet.hosts()
+    assert not await registry.fleet.orders("h")
+    assert "m" in await registry.fleet.deployments()
+    for key, content in ((keys.hosts, b"x"), (keys.orders("h"), None)):
+        assert await command("TTL", keys.aside(key)) > 0
+        assert content is None or await command("GET", keys.aside(key)) == content
+        await command("DEL", keys.aside(key))
