@@ -61,7 +61,7 @@ class Controller:
     def start(self, loops: Loops, member: Member) -> None:
         """Start every loop of this controller; `loops` owns them."""
         campaign_s = CAMPAIGN_SHARE * self._settings.lease_ttl_ms / 1000
-        loops.start("campaign", every(lambda: campaign_s, self.campaign))
+        loops.start("campaign", every(lambda: self.leader.pause_s(campaign_s), self.campaign))
         loops.start("tick", every(lambda: self._settings.interval_s, self.tick, wake=self._wake))
         loops.start("reap", every(lambda: REAP_S, self.reap))
         loops.start("beat", every(_beat_interval_s, lambda: self._beat(member)))

@@ -18,6 +18,9 @@ from shared.registry.leadership import Following, Leading
 ACTING_SHARE: Final = 0.7
 """Part of the lease's time in which a leader acts: of 5 s, the first 3.5 s."""
 
+GRACE_S: Final = 0.02
+"""Asking this long after a lease's end finds it gone, also where the clocks' ticks differ."""
+
 _log = structlog.get_logger(__name__)
 
 
@@ -42,7 +45,11 @@ class Reign(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Leader:
-    """One controller's candidacy. `campaign` is called about once a second, for ever."""
+    """One controller's candidacy. `campaign` is called about once a second, for ever.
+
+    A follower asks again just when the lease that it saw would end, so that a leader who vanished
+    is followed at the end of its lease and not a whole interval later.
+    """
 
     def __init__(self, lease: Lease, clock: Clock, owner: str, *, ttl_ms: int) -> None:
         self.owner = owner
@@ -52,6 +59,7 @@ class Leader:
         self._reign: Reign | None = None
         self._acts_until_s = 0.0
         self._fenced = False
+        self._free_at_s: float | None = None
         self.problem: str | None = "has not reached Redis yet"
         """Why the last campaign failed; None after one that Redis answered."""
 
@@ -80,7 +88,9 @@ class Leader:
             self.problem = str(error)
             return
         self.problem = None
+        self._free_at_s = None
         if isinstance(reply, Following):
+            self._free_at_s = self._clock.monotonic_s() + reply.ttl_left_ms / 1000
             self._end("another controller leads", owner=reply.owner)
             return
         lapsed = self.reign() is None
@@ -88,6 +98,13 @@ class Leader:
             self._reign = Reign(epoch=reply.epoch, since_s=self._clock.monotonic_s())
             _log.info("elected", epoch=reply.epoch)
         self._acts_until_s = sent_s + ACTING_SHARE * self._ttl_ms / 1000
+
+    def pause_s(self, usual_s: float) -> float:
+        """Tell how long to wait before the next campaign: not beyond the end of another's lease."""
+        if self._free_at_s is None:
+            return usual_s
+        left_s = self._free_at_s + GRACE_S - self._clock.monotonic_s()
+        return min(usual_s, max(left_s, GRACE_S))
 
     def fenced_off(self) -> None:
         """Stop acting at once: a write of ours was refused because of a higher epoch."""

@@ -12,6 +12,7 @@ class ScriptedLease:
         self.epoch = 1
         self.holder = ""
         self.delay_s = 0.0
+        self.left_ms = 5_000
         self.away = False
         self.resigned = 0
 
@@ -21,7 +22,7 @@ class ScriptedLease:
         if self.away:
             raise RegistryUnavailableError("away")
         if self.holder not in {"", owner}:
-            return Following(self.holder, ttl_ms)
+            return Following(self.holder, self.left_ms)
         return Leading(self.epoch, ttl_ms)
 
     async def resign(self, owner: str) -> None:
@@ -123,3 +124,21 @@ async def test_resigning_gives_the_lease_back() -> None:
     await leader.resign()
     assert leader.reign() is None
     assert lease.resigned == 1
+
+
+async def test_a_follower_asks_again_when_the_lease_ends() -> None:
+    """It waits as usual, but not beyond the end of the lease it saw; others wait as usual."""
+    leader, lease, clock = candidate()
+    assert leader.pause_s(1.0) == 1.0
+    await leader.campaign()
+    assert leader.pause_s(1.0) == 1.0
+    lease.holder = "c2"
+    await leader.campaign()
+    assert leader.pause_s(1.0) == 1.0
+    clock.advance(4.6)
+    assert 0.4 < leader.pause_s(1.0) < 0.45
+    clock.advance(3.0)
+    assert 0 < leader.pause_s(1.0) < 0.1
+    lease.holder = ""
+    await leader.campaign()
+    assert leader.pause_s(1.0) == 1.0
