@@ -340,12 +340,6 @@ class Seat:
             return True
         return False
 
-    async def leave(self) -> None:
-        """End a task that is still frozen."""
-        if self.frozen is not None:
-            self.frozen.cancel()
-            await asyncio.gather(self.frozen, return_exceptions=True)
-
     async def _gate(self, name: str) -> None:
         number = len(self.writes)
         self.writes.append(name)
