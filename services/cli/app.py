@@ -30,6 +30,7 @@ COMMANDS: Final = MappingProxyType(
         "doctor": ("doctor", "find what is wrong here, and say what to do"),
         "redis": ("rediscommand", "run one Redis command on the mesh's Redis"),
         "supervise": ("supervise", ""),
+        "links": ("links", ""),
     }
 )
 """Command → its module, and what `redmesh --help` says of it. Without a text it is hidden."""

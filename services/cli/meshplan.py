@@ -29,6 +29,8 @@ _ENGINE_BLOCKS: Final = 120
 
 PROXY_STAGE, CONTROLLER_STAGE, AGENT_STAGE = 1, 2, 3
 """The order of stopping: clients' requests first, engines last."""
+LINKS_STAGE: Final = 8
+"""After all that use them, before Redis."""
 
 DRAIN_TIMEOUT_S: Final = 30.0
 """How long Ctrl-C and `down` wait for the requests in flight."""
@@ -41,6 +43,8 @@ class Wish(msgspec.Struct, frozen=True, kw_only=True):
     proxies: int
     controllers: int
     hosts: int
+    links: bool = False
+    """Put links that drills can cut between the processes, Redis and the engines."""
 
 
 def engine_python(environ: Mapping[str, str]) -> Path:
@@ -142,9 +146,17 @@ def host_names(wish: Wish, *, own_redis: bool) -> tuple[str, ...]:
 
 
 def children(
-    state: StateDir, wish: Wish, mesh_id: str, *, own_redis: bool
+    state: StateDir,
+    wish: Wish,
+    mesh_id: str,
+    *,
+    own_redis: bool,
+    redis_link: tuple[int, int] | None = None,
 ) -> tuple[ChildSpec, ...]:
-    """Describe every service process of the mesh."""
+    """Describe every service process of the mesh.
+
+    With `redis_link`, the port of the link to Redis and Redis' own, there are links.
+    """
     env = {
         MARK: mesh_id,
         "REDMESH_REDIS_URL_FILE": str(state.redis_url_file),
@@ -169,10 +181,15 @@ def children(
         name = f"controller-{number}"
         add(name, CONTROLLER_STAGE, 10.0, "controller", "--controller-name", name)
     taken: set[int] = set()
-    for host in host_names(wish, own_redis=own_redis):
+    linked: list[str] = []
+    for number, host in enumerate(host_names(wish, own_redis=own_redis), start=2):
+        ports = engine_ports(state, host, taken)
+        address = "127.0.0.1" if redis_link is None else f"127.0.0.{number}"
+        linked += ["--engines", f"{address}:{ports}"]
         flags = {
             "--host-name": host,
-            "--port-range": engine_ports(state, host, taken),
+            "--address": address,
+            "--port-range": ports,
             "--state-dir": str(state.agent(host)),
             "--stop-engines-on-exit": "true",
         }
@@ -183,6 +200,10 @@ def children(
             "agent",
             *(part for pair in flags.items() for part in pair),
         )
+    if redis_link is not None:
+        near, far = redis_link
+        plan = ("--state-dir", str(state.path), "--redis", f"{near}:{far}", *linked)
+        add("links", LINKS_STAGE, 5.0, "links", *plan)
     for number in range(wish.proxies):
         flags = {
             "--host": "127.0.0.1",

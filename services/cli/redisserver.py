@@ -85,7 +85,7 @@ def prepare(state: StateDir, *, port: int | None = None) -> RedisServer:
         _CONFIGURATION.format(port=port, password=password, folder=_quoted(state.redis)),
     )
     state.write_secret(state.redis_password_file, password)
-    state.write_secret(state.redis_url_file, f"redis://:{password}@127.0.0.1:{port}/0")
+    write_url(state, port)
     child = ChildSpec(
         name="redis",
         argv=(str(program), str(configuration)),
@@ -95,6 +95,12 @@ def prepare(state: StateDir, *, port: int | None = None) -> RedisServer:
         stop_timeout_s=10.0,
     )
     return RedisServer(program=str(program), port=port, child=child)
+
+
+def write_url(state: StateDir, port: int) -> None:
+    """Write where the services find Redis: at its own port, or at a link to it."""
+    password = state.redis_password_file.read_text(encoding="utf-8").strip()
+    state.write_secret(state.redis_url_file, f"redis://:{password}@127.0.0.1:{port}/0")
 
 
 def _quoted(path: Path) -> str:

@@ -19,6 +19,7 @@ from services.cli.meshplan import Wish
 from services.cli.session import open_quickly
 from services.cli.showing import Shower
 from services.cli.statedir import Mesh, StateDir
+from services.cli.supervisor import ChildSpec
 from shared.clock import SystemClock
 from shared.errors import RedmeshError, RegistryUnavailableError
 from shared.models.deployment import DeploymentSpec
@@ -43,17 +44,23 @@ def prepare(
     state.clear_run_files()
     state.ensure_fleet_secret()
     mesh_id = secrets.token_hex(8)
-    plan = list(meshplan.children(state, wish, mesh_id, own_redis=redis_url is None))
     redis_port = 0
+    redis: list[ChildSpec] = []
+    link: tuple[int, int] | None = None
     if redis_url is None:
         server = redisserver.prepare(state)
         redis_port = server.port
-        plan.insert(
-            0,
-            msgspec.structs.replace(server.child, env={processes.MARK: mesh_id}),
-        )
+        redis.append(msgspec.structs.replace(server.child, env={processes.MARK: mesh_id}))
+        if wish.links:
+            link = (redisserver.free_port(), redis_port)
+            redisserver.write_url(state, link[0])
     else:
         state.write_secret(state.redis_url_file, redis_url.reveal())
+    plan = redis + list(
+        meshplan.children(
+            state, wish, mesh_id, own_redis=redis_url is None, redis_link=link
+        )
+    )
     mesh = Mesh(
         id=mesh_id,
         version=version,

@@ -5,6 +5,7 @@
     redis-password   the password alone, for redis-cli (0600; only for a Redis that we started)
     fleet-secret     engine API keys are derived from it (0600)
     redis/           configuration and data of the Redis that we started
+    links.json       what a drill wants the links to be (only with `up --links`)
     logs/            one file per process
     agent-<host>/    an agent's state: its engines' process records and logs
     proxy-<n>/       a proxy's state: its routing table
@@ -151,6 +152,8 @@ class StateDir:
         """Remove what describes a run that is over. Logs, agents' state and secrets stay."""
         for path in (self.mesh_file, self.redis_url_file, self.redis_password_file):
             path.unlink(missing_ok=True)
+        for name in ("links.json", "links.seen"):
+            (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self.redis, ignore_errors=True)
 
     def _write(self, path: Path, content: bytes) -> None:

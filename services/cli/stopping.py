@@ -8,7 +8,7 @@ import signal
 from typing import Final
 
 from services.cli import processes
-from services.cli.meshplan import AGENT_STAGE, CONTROLLER_STAGE, PROXY_STAGE
+from services.cli.meshplan import AGENT_STAGE, CONTROLLER_STAGE, LINKS_STAGE, PROXY_STAGE
 from services.cli.processes import ProcessRef
 from services.cli.redisserver import LAST_STAGE
 from services.cli.statedir import Mesh, StateDir
@@ -39,7 +39,7 @@ def _clean_up(state: StateDir, mesh: Mesh, *, hurry: bool) -> None:
     """Stop what is left, stage by stage as the supervisor would, then whatever has the mark."""
     current = state.read_mesh()
     running = (current or mesh).running
-    for stage in (PROXY_STAGE, CONTROLLER_STAGE, AGENT_STAGE, LAST_STAGE):
+    for stage in (PROXY_STAGE, CONTROLLER_STAGE, AGENT_STAGE, LINKS_STAGE, LAST_STAGE):
         refs = [
             running[child.name]
             for child in mesh.children

@@ -22,6 +22,7 @@ from services.cli.showing import shower
 from services.cli.starting import Starter, StartFailedError, prepare, start_supervisor
 from services.cli.statedir import Mesh, StateDir
 from shared import settings
+from shared.errors import InvalidInputError
 from shared.models.deployment import DeploymentSpec, EngineKind
 from shared.secret import Secret
 from shared.settings import CommonSettings
@@ -74,6 +75,11 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     show_default=True,
     help="Port of the first proxy; the others follow it.",
 )
+@click.option(
+    "--links",
+    is_flag=True,
+    help="Put links before Redis and the engines that `redmesh drill` can cut. They cost CPU.",
+)
 @click.option("--detach", is_flag=True, help="Return when ready; `redmesh down` ends it.")
 @click.option(
     "--timeout",
@@ -91,6 +97,7 @@ def up_command(
     engine: str,
     detach: bool,
     timeout_s: float,
+    links: bool,
     **counts: int,
 ) -> int:
     """Start Redis, controllers, agents and proxies here, and serve the models of a file.
@@ -99,7 +106,7 @@ def up_command(
     loopback, with a random password, and with data that goes when the mesh goes. Ctrl-C drains and
     stops everything that was started, and nothing else.
     """
-    wish = Wish(**counts)
+    wish = Wish(links=links, **counts)
     options = Options(models=models, engine=engine, detach=detach, timeout_s=timeout_s, wish=wish)
     specs = modelsfile.read(models)
     kind = meshplan.choose_engine(engine, os.environ) if _needs_engine(specs) else None
@@ -111,6 +118,12 @@ def up_command(
         state.check_unused()
         meshplan.check_ports(wish)
         redis_url = _external_redis(session)
+        if wish.links and redis_url is not None:
+            raise InvalidInputError(
+                "--links: only with the Redis that `redmesh up` starts itself: leave out "
+                "--redis-url and REDMESH_REDIS_URL",
+                field="--links",
+            )
         if kind is EngineKind.SIM:
             click.echo(SYNTHETIC, err=True)
         mesh = prepare(

@@ -4,7 +4,7 @@ from enum import StrEnum
 
 import msgspec
 
-from services.cli.drill import local, remote
+from services.cli.drill import linked, local, remote
 from services.cli.drill.catalogue import Drill, Fault
 from services.cli.drill.injection import Injection, cannot
 from services.cli.drill.scene import Scene
@@ -43,6 +43,8 @@ async def choose(drill: Drill, scene: Scene, registry: Registry, means: Means) -
     match via:
         case Via.SIGNAL if drill.fault in local.FAULTS:
             return local.prepare(drill, scene)
+        case Via.LINK if drill.fault in linked.FAULTS:
+            return await linked.prepare(drill, scene, means.hold_s)
         case Via.AGENT if drill.fault in remote.AGENT_FAULTS:
             return remote.by_agent(drill, scene, registry, means.hold_s)
         case Via.REDIS if drill.fault in remote.REDIS_FAULTS:
@@ -58,6 +60,10 @@ def _fitting(drill: Drill, scene: Scene, means: Means) -> Via:
         return Via.DECLARE
     if scene.mesh is not None and drill.fault in local.FAULTS:
         return Via.SIGNAL
+    if drill.fault in linked.FAULTS and (
+        linked.has_links(scene) or drill.fault is not Fault.REDIS_FAILOVER
+    ):
+        return Via.LINK
     if drill.fault in remote.AGENT_FAULTS:
         return Via.AGENT
     if drill.fault in remote.REDIS_FAULTS:

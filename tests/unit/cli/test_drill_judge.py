@@ -97,7 +97,7 @@ def test_a_struck_proxy_may_lose_its_own_streams_only() -> None:
 
 def test_recovery_of_the_ledger_counts_from_redis_answering() -> None:
     """With Redis away no proxy can recover: the time begins when it answers again."""
-    late = {"answers_s": 9.0, "recovered_s": 9.9, "exact_s": 11.0, "whole_s": 8.0}
+    late: dict[str, Any] = {"answers_s": 9.0, "recovered_s": 9.9, "exact_s": 11.0, "whole_s": 8.0}
     assert missed(Recovery.LEDGER, **late) == set()
     assert missed(Recovery.OUT, **late) == {"recover"}
     assert starts_s(Recovery.LEDGER, 4.0, 6.0, None) == 6.0
@@ -106,7 +106,8 @@ def test_recovery_of_the_ledger_counts_from_redis_answering() -> None:
 
 def samples(*facts: dict[str, Any]) -> list[Sample]:
     """Make samples at 1, 2, 3 … seconds."""
-    return [Sample(at_s=n, **{"redis": True, **each}) for n, each in enumerate(facts, 1)]
+    there: dict[str, Any] = {"redis": True}
+    return [Sample(at_s=n, **{**there, **each}) for n, each in enumerate(facts, 1)]
 
 
 AB, B = frozenset({"a", "b"}), frozenset({"b"})
@@ -192,7 +193,12 @@ def request(
     **fields: Any,  # noqa: ANN401 - fields of the struct
 ) -> Request:
     """Make a request that began at 1 s and ended at 3 s."""
-    values = {"began_s": 1.0, "first_s": 1.1, "ended_s": 3.0, "proxy": "http://p"}
+    values: dict[str, Any] = {
+        "began_s": 1.0,
+        "first_s": 1.1,
+        "ended_s": 3.0,
+        "proxy": "http://p",
+    }
     return Request(outcome=outcome, **{**values, **fields})
 
 
