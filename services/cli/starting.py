@@ -57,9 +57,7 @@ def prepare(
     else:
         state.write_secret(state.redis_url_file, redis_url.reveal())
     plan = redis + list(
-        meshplan.children(
-            state, wish, mesh_id, own_redis=redis_url is None, redis_link=link
-        )
+        meshplan.children(state, wish, mesh_id, own_redis=redis_url is None, redis_link=link)
     )
     mesh = Mesh(
         id=mesh_id,
