@@ -125,6 +125,8 @@ class Load:
         """Requests that are in flight."""
         self.streaming = 0
         """Requests whose answer has begun and not ended."""
+        self.cut_off = 0
+        """Tries whose connection ended before a byte of the answer came."""
 
     @property
     def results(self) -> Sequence[Result]:
@@ -228,6 +230,7 @@ class Load:
             connection, outcome, detail = await self._try(port, user)
             now_s = time.monotonic()
             begun = connection is not None and connection.first_s > 0
+            self.cut_off += outcome is Outcome.RESET and not begun
             away = outcome in {Outcome.REFUSED, Outcome.RESET} and not begun
             if away and now_s - began_s < self._patience_s:
                 if tries % len(self._ports) == 0:
