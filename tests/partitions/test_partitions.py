@@ -1,0 +1,300 @@
+"""Partitions between real hosts under load: silent, one way and both ways, and links that are bad.
+
+Where coordination is cut off, no request may notice. Where a replica is cut off from a proxy, a
+request may lose the time it takes to notice, and nothing else. After healing, within ten seconds,
+everybody agrees again.
+"""
+
+import time
+from collections.abc import Generator
+from typing import Final
+
+import pytest
+
+from services.cli.observing import leader_of
+from shared.models.event import Event
+from shared.registry import Registry
+from tests.partitions.fleet import (
+    HOSTS,
+    MODEL,
+    PROXIES,
+    REPLICAS,
+    STEP_MS,
+    Fleet,
+    leading,
+    reports_of,
+    whole,
+)
+from tests.partitions.trial import TOKENS, Trial, under_load
+from tests.support.mesh import ready_replicas
+from tests.support.netns import Network, Pairs
+from tests.support.streams import Report, percentile
+from tests.support.verdicts import Outcome
+from tests.support.waiting import wait_until
+
+pytestmark = pytest.mark.mesh
+
+LEASE_TTL_S: Final = 5.0
+STREAM_S: Final = TOKENS * STEP_MS / 1000
+WAITED_S: Final = 7.0
+"""What an unreachable replica costs a request that has no answer yet."""
+NOTICED_S: Final = {"both ways": 7.0, "there": 13.5, "back": 7.0}
+"""When a stream in progress notices. Where the replica is still heard, each retransmission of what
+it believes lost is a sign of life; the pause after the fifth is the first that is long enough."""
+
+
+@pytest.fixture(scope="module")
+def fleet(namespaces: None, tmp_path_factory: pytest.TempPathFactory) -> Generator[Fleet]:
+    """Run one mesh for all tests of this file: it has to survive them all."""
+    with Network(HOSTS) as network:
+        made = Fleet(network, tmp_path_factory.mktemp("fleet"))
+        with made.running():
+            yield made
+
+
+def directions(one: str, other: str) -> dict[str, Pairs]:
+    """Give the three ways to cut a link."""
+    there, back = (one, other), (other, one)
+    return {"both ways": (there, back), "there": (there,), "back": (back,)}
+
+
+async def test_a_proxy_that_is_cut_off_from_redis_serves_and_catches_up(fleet: Fleet) -> None:
+    """Long enough to be reaped, it serves by its last table; healed, it learns what it missed."""
+    async with under_load(fleet) as trial:
+        with fleet.network.cut(directions("px-0", "redis")["both ways"]):
+            trial.mark()
+            await trial.within(12, "its reservations are given back", lambda: reaped(trial, "px-0"))
+            done = await fleet.ask("scale", MODEL, str(REPLICAS + 1))
+            assert done.code == 0, done
+            await trial.within(
+                30, "another replica is READY", lambda: ready(trial.registry, REPLICAS + 1)
+            )
+            await trial.goes_on()
+        await trial.healed()
+        await fleet.ask("scale", MODEL, str(REPLICAS))
+    untouched(trial.report())
+
+
+async def test_proxies_that_are_cut_one_way_from_redis_lose_nothing(fleet: Fleet) -> None:
+    """Whether their words get lost or the answers, requests go on and the ledger is exact again."""
+    async with under_load(fleet) as trial:
+        pairs = (("px-0", "redis"), ("redis", "px-1"))
+        with fleet.network.cut(pairs):
+            trial.mark()
+            await trial.within(10, "both do without", lambda: away(trial.registry))
+            await trial.goes_on(3 * 24)
+        await trial.healed()
+        await trial.same_engines()
+    untouched(trial.report())
+
+
+async def test_silent_agents_are_no_dead_engines(fleet: Fleet) -> None:
+    """Cut off from Redis in any way, agents keep their engines, and the leader vouches for them."""
+    cuts = directions("gpu-0", "redis")["both ways"], (("gpu-1", "redis"),), (("redis", "gpu-2"),)
+    async with under_load(fleet) as trial:
+        began = await last_event(trial.registry)
+        with fleet.network.cut([pair for pairs in cuts for pair in pairs]):
+            trial.mark()
+            await trial.within(30, "all silent for 12 s", lambda: silent(trial.registry, 12))
+            await trial.same_engines()
+        await trial.healed()
+        await trial.within(10, "all beat again", lambda: heard(trial.registry, 2))
+        await trial.same_engines()
+        told = {event.kind for event in await events(trial.registry, began)}
+        assert not told & {"ReplicaUnhealthy", "ReplicaFailed", "ReplicaReplaced"}
+    untouched(trial.report())
+
+
+@pytest.mark.parametrize("direction", ["both ways", "there", "back"])
+async def test_a_leader_that_is_cut_off_from_redis_is_followed(
+    fleet: Fleet, direction: str
+) -> None:
+    """The standby leads within 1.5 lease times and acts; the old leader does nothing any more."""
+    async with under_load(fleet) as trial:
+        old = await leader_of(trial.registry)
+        host = old.rpartition("-")[0]
+
+        async def followed() -> bool:
+            return await leader_of(trial.registry) not in {"", old}
+
+        with fleet.network.cut(directions(host, "redis")[direction]):
+            trial.mark()
+            await trial.within(1.5 * LEASE_TTL_S, "another one leads", followed)
+            new = await leader_of(trial.registry)
+            await trial.within(15, "it says so itself", lambda: leads(trial.registry, new))
+            done = await fleet.ask("scale", MODEL, str(REPLICAS + 1))
+            assert done.code == 0, done
+            await wait_until(
+                lambda: ready(trial.registry, REPLICAS + 1), timeout_s=30, what="it acts"
+            )
+        await trial.healed()
+        await trial.within(10, "one leads", lambda: leads(trial.registry, new, alone=True))
+        assert await leader_of(trial.registry) == new
+        assert await whole(trial.registry, REPLICAS + 1)
+        assert {rid: r.pid for rid, r in trial.before.items()}.items() <= {
+            rid: r.pid for rid, r in (await ready_replicas(trial.registry, MODEL)).items()
+        }.items()
+        await fleet.ask("scale", MODEL, str(REPLICAS))
+    untouched(trial.report())
+
+
+@pytest.mark.parametrize("direction", ["both ways", "there", "back"])
+async def test_a_replica_that_one_proxy_cannot_reach(fleet: Fleet, direction: str) -> None:
+    """The proxy notices in seconds, repairs what it can, and the other proxy notices nothing."""
+    async with under_load(fleet) as trial:
+        (victim,) = (r for r in trial.before.values() if r.host == "gpu-0")
+        with fleet.network.cut(directions("px-0", "gpu-0")[direction]):
+            trial.mark()
+            cut_s = time.monotonic()
+            hit = await streams_on(trial.registry, "px-0", victim.rid)
+            await trial.within(
+                NOTICED_S[direction] + STREAM_S,
+                "nothing waits for it",
+                lambda: avoided(trial, victim.rid, cut_s),
+            )
+            await trial.goes_on()
+        await trial.healed()
+
+        async def used_again() -> bool:
+            return await streams_on(trial.registry, "px-0", victim.rid) > 0
+
+        await trial.within(25, "used again", used_again)
+        await trial.same_engines()
+    report = trial.report()
+    assert report.lost == 0
+    assert report.retried == 0
+    assert set(report.broken) <= {Outcome.ERROR_EVENT}
+    assert sum(report.broken.values()) <= hit
+    ours = [r for r in trial.load.results if r.port == PROXIES["px-0"]]
+    others = [r for r in trial.load.results if r.port == PROXIES["px-1"]]
+    assert all(r.outcome is Outcome.OK for r in others)
+    assert max(r.ttft_s for r in others) < 2
+    assert max(r.ttft_s for r in ours) < WAITED_S + 1.5
+
+
+async def test_slow_replicas_are_used_less_and_not_called_dead(fleet: Fleet) -> None:
+    """A replica ten times slower gets few of the requests; when all are, they stay READY."""
+    async with under_load(fleet, tokens=10) as trial:
+        slow = next(iter(trial.before.values()))
+        await fleet.fault(slow, kind="slow", factor=10)
+        asked = len(trial.load.results)
+        await trial.goes_on(500)
+        late = [r for r in trial.load.results[asked:] if r.total_s > 3 * 10 * STEP_MS / 1000]
+        share = len(late) / (len(trial.load.results) - asked)
+        for replica in trial.before.values():
+            await fleet.fault(replica, kind="slow", factor=10)
+        await trial.goes_on(3 * 24)
+        for replica in trial.before.values():
+            await fleet.fault(replica, kind="clear")
+        await trial.goes_on()
+        await trial.same_engines()
+    trial.figures["share of the slow one, in percent,"] = 100 * share
+    untouched(trial.report(), ttft_s=8.0)
+    assert share < 0.15
+
+
+async def test_bad_links_to_replicas_cost_time_only(fleet: Fleet) -> None:
+    """With 100 ms each way to one replica and 5 % loss to another, every stream comes whole."""
+    slow = [pair for px in PROXIES for pair in directions(px, "gpu-0")["both ways"]]
+    lossy = [pair for px in PROXIES for pair in directions(px, "gpu-1")["both ways"]]
+    async with under_load(fleet) as trial:
+        with (
+            fleet.network.impaired(slow, delay_s=0.1),
+            fleet.network.impaired(lossy, loss=0.05),
+        ):
+            await trial.goes_on(5 * 24)
+        await trial.healed()
+        await trial.same_engines()
+    untouched(trial.report(), ttft_s=5.0)
+
+
+async def test_bad_links_to_redis_cost_nothing(fleet: Fleet) -> None:
+    """With 200 ms to Redis for one proxy and 5 % loss for the other, requests do not wait."""
+    late, lossy = (directions(px, "redis")["both ways"] for px in PROXIES)
+    async with under_load(fleet) as trial:
+        with (
+            fleet.network.impaired(late, delay_s=0.1),
+            fleet.network.impaired(lossy, loss=0.05),
+        ):
+            await trial.goes_on(24)
+            settled = len(trial.load.results)
+            await trial.goes_on(4 * 24)
+        ttft_s = sorted(r.ttft_s for r in trial.load.results[settled:] if r.port == PROXIES["px-0"])
+        trial.figures["TTFT p90 with a late Redis"] = percentile(ttft_s, 90)
+        await trial.healed()
+        await trial.same_engines()
+    untouched(trial.report())
+    assert percentile(ttft_s, 90) < 1.0
+
+
+def untouched(report: Report, *, ttft_s: float = 2.0) -> None:
+    """Assert that no request failed, none was sent again, and none waited."""
+    assert (report.ok, report.retried) == (report.count, 0), report
+    assert percentile(report.ttft_s, 99) < ttft_s, report
+
+
+async def ready(registry: Registry, count: int) -> bool:
+    """Tell whether exactly `count` replicas are READY."""
+    return len(await ready_replicas(registry, MODEL)) == count
+
+
+async def reaped(trial: Trial, host: str) -> bool:
+    """Tell whether the ledger knows no proxy of `host`."""
+    names = await trial.registry.ledger.proxies(MODEL)
+    return not any(name.startswith(host) for name in names)
+
+
+async def away(registry: Registry) -> bool:
+    """Tell whether every proxy does without the ledger."""
+    reports = await reports_of(registry)
+    return all(report.breaker == "open" for report in reports.values())
+
+
+async def streams_on(registry: Registry, host: str, rid: str) -> int:
+    """Count what the proxy of `host` has on a replica."""
+    report = (await reports_of(registry))[host]
+    return sum(live.rid == rid for live in report.requests.get(MODEL, {}).values())
+
+
+async def avoided(trial: Trial, rid: str, cut_s: float) -> bool:
+    """Tell whether the cut-off proxy has nothing on a replica that is older than the cut."""
+    report = (await reports_of(trial.registry))["px-0"]
+    since_ms = (time.monotonic() - cut_s) * 1000
+    return not any(
+        live.rid == rid and live.age_ms > since_ms
+        for live in report.requests.get(MODEL, {}).values()
+    )
+
+
+async def silent(registry: Registry, seconds: float) -> bool:
+    """Tell whether no replica has been heard of for `seconds`."""
+    return min(await ages_s(registry)) > seconds
+
+
+async def heard(registry: Registry, seconds: float) -> bool:
+    """Tell whether every replica has been heard of within `seconds`."""
+    return max(await ages_s(registry)) < seconds
+
+
+async def ages_s(registry: Registry) -> list[float]:
+    """Read how old the last heartbeat of each replica is."""
+    now_ms = await registry.replicas.server_time_ms()
+    beats = await registry.replicas.heartbeats(MODEL)
+    return [(now_ms - beat) / 1000 for beat in beats.values()]
+
+
+async def leads(registry: Registry, name: str, *, alone: bool = False) -> bool:
+    """Tell whether the controller says that it leads, and as the only one."""
+    found = await leading(registry)
+    return found == [name] if alone else name in found
+
+
+async def last_event(registry: Registry) -> str | None:
+    """Name the newest event."""
+    newest = await registry.fleet.events(1)
+    return newest[-1].id if newest else None
+
+
+async def events(registry: Registry, since_id: str | None) -> list[Event]:
+    """Read the events after one."""
+    return await registry.fleet.events(200, since_id)
