@@ -248,6 +248,7 @@ class Keeper:
         elif engine is not None and isinstance(action, Amend):
             await self._reporter.amend(engine)
         elif engine is not None and engine.phase in RECORDED:
+            self._host_due_s = 0.0  # where records were lost, the host's may be lost too
             await self._reporter.register(engine)
 
     def _start(self, action: Start) -> None:

@@ -172,6 +172,11 @@ class Reservations:
         for entry in entries:
             self._settled(entry.request)
             self._decide_locally(entry)
+        # Those under way too: should their answers come after all, the ledger is moved to what
+        # was decided here.
+        undecided, self._undecided = self._undecided, deque()
+        for entry in undecided:
+            self._decide_locally(entry)
 
     # the way to the ledger
 

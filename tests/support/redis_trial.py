@@ -24,6 +24,7 @@ CLEAN_BOUND_S: Final = 10.0
 """From Redis' return until an audit begins that finds nothing."""
 ADDED_BOUND_S: Final = 0.001
 """What a request may wait for its replica on average while Redis is away."""
+_BATCHES: Final = "redmesh_proxy_ledger_batch_seconds_count"
 _SAMPLE: Final = re.compile(r"^(\w+)\{[^}]*\} (\S+)$", re.MULTILINE)
 
 
@@ -57,7 +58,7 @@ class Trial:
         self._model = model
         self._http = http
         self._returned_s = 0.0
-        self._ttft_before = 0
+        self._batches: list[float] = []
 
     async def choices(self) -> Choices:
         """Read from all proxies how choosing went so far."""
@@ -83,10 +84,6 @@ class Trial:
         """Tell whether every proxy goes on without the ledger."""
         return all(values.get("redmesh_proxy_ledger_away") for values in await self._metrics())
 
-    async def none_away(self) -> bool:
-        """Tell whether every proxy asks the ledger."""
-        return not any(values.get("redmesh_proxy_ledger_away") for values in await self._metrics())
-
     async def served(self, count: int) -> None:
         """Wait until the clients were served `count` times more."""
         aim = self.load.good + count
@@ -110,9 +107,19 @@ class Trial:
         assert during.count > 0, "nobody asked for anything"
         assert during.mean_s < ADDED_BOUND_S, self.figures
 
-    def is_back(self) -> None:
+    async def is_back(self) -> None:
         """Note that Redis answers again; the clock of the bounds starts here."""
         self._returned_s = time.monotonic()
+        self._batches = [values.get(_BATCHES, 0) for values in await self._metrics()]
+
+    async def reserves(self) -> bool:
+        """Tell whether every proxy has reserved in the ledger since Redis is back."""
+        now = await self._metrics()
+        used = [
+            values.get(_BATCHES, 0) >= before + 2
+            for values, before in zip(now, self._batches, strict=True)
+        ]
+        return all(used) and not any(values.get("redmesh_proxy_ledger_away") for values in now)
 
     async def within(
         self, bound_s: float, what: str, predicate: Callable[[], Awaitable[object] | object]
@@ -125,8 +132,9 @@ class Trial:
         return took_s
 
     async def heals(self, *, ledger_bound_s: float = CLEAN_BOUND_S) -> None:
-        """Wait until every proxy asks the ledger again, and an audit that finds nothing."""
-        await self.within(ledger_bound_s, "ledger asked again", self.none_away)
+        """Wait until every proxy uses the ledger again, and an audit that finds nothing."""
+        took_s = await self.within(CLEAN_BOUND_S, "ledger used again", self.reserves)
+        assert took_s <= ledger_bound_s, self.figures
         while (done := await self.mesh.ask("audit")).code != 0 or "clean: " not in done.out:
             late = time.monotonic() - self._returned_s > CLEAN_BOUND_S
             assert not late, f"no audit begun within {CLEAN_BOUND_S:g} s is clean: {done}"
