@@ -3,7 +3,9 @@
 Each model is beaten for once a second. A beat returns how many reservations Redis holds for this
 proxy; when that differs from the live requests by more than what is under way, when Redis had
 forgotten this proxy, when operations were lost, and every 30 s in any case, the leases are read
-and compared. Peers that have been silent for long are reaped on the way.
+and compared; a lost operation may still arrive late, so comparing goes on for some seconds. Every
+30 s the model's totals are worked out anew from all leases, in case somebody changed them by hand.
+Peers that have been silent for long are reaped on the way.
 """
 
 import asyncio
@@ -18,13 +20,15 @@ from services.proxy.reservations import RESERVE_DEADLINE_S
 from services.proxy.serving import Fleet, Served
 from shared.errors import RegistryError
 from shared.models.routing import Beat, Lease
-from shared.registry.ledger import ReapReply
+from shared.registry.ledger import ReapReply, RecountReply
 
 BEAT_S: Final = 1.0
 AWAY_BEAT_S: Final = 0.5
 """While the ledger is away beats are what finds it again, and there is nothing else to ask it."""
 BEAT_JITTER: Final = 0.2
 COMPARE_S: Final = 30.0
+WARY_S: Final = 5.0
+"""For so long after operations were lost they may still be executed: the network had them."""
 REAP_ROUNDS: Final = 100
 
 _log = structlog.get_logger(__name__)
@@ -49,6 +53,10 @@ class BeatLedger(Protocol):
         """Drop some of what a dead proxy held."""
         ...
 
+    async def recount(self, model: str, holders: Sequence[str]) -> RecountReply:
+        """Work out all totals anew."""
+        ...
+
 
 class Beats:
     """The beats of one proxy, for all its models."""
@@ -62,6 +70,7 @@ class Beats:
         self._metrics = metrics
         self._random = random
         self._compared_s: dict[str, float] = {}
+        self._wary_until_s: dict[str, float] = {}
 
     def interval_s(self) -> float:
         """Return the time to the next beat."""
@@ -106,9 +115,14 @@ class Beats:
         self._metrics.drift.labels(served.model).set(known_drift)
         forgotten = not beat.known and len(reservations.live) > 0
         due = now_s - self._compared_s.get(served.model, 0.0) >= COMPARE_S
+        if reservations.dirty:
+            self._wary_until_s[served.model] = now_s + WARY_S
+        wary = now_s < self._wary_until_s.get(served.model, 0.0)
         try:
-            if reservations.dirty or known_drift or forgotten or due:
+            if wary or known_drift or forgotten or due:
                 await self._compare(served, now_s)
+            if due:
+                await self._recount(served.model)
             if beat.silent:
                 await self._reap(served.model)
         except RegistryError as error:
@@ -134,6 +148,12 @@ class Beats:
                 released=len(repair.release),
             )
             reservations.repair(repair.adopt, repair.release)
+
+    async def _recount(self, model: str) -> None:
+        reply = await self._ledger.recount(model, (self._proxy,))
+        if reply.corrected:
+            self._metrics.recounted.labels(model).inc(reply.corrected)
+            _log.warning("ledger_recounted", model=model, corrected=reply.corrected)
 
     async def _reap(self, model: str) -> None:
         for peer in await self._ledger.suspects(model):

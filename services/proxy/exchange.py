@@ -3,7 +3,8 @@
 An exchange is driven by callbacks (the ledger's answer, a connection, bytes from the replica, the
 client's departure, the sweep of deadlines), each of which moves it on at once. Until the first
 byte has been written to the client, any failure of a replica is repaired by another try. After
-that, an answer that breaks off is ended as an error that the client can see.
+that, a stream that breaks off goes on from another replica where the rules allow it (see
+`continuation`); any other answer is ended as an error that the client can see.
 
 Invariant: at most one try is under way, and it is exactly then that `_connection` or `_connecting`
 is set; a holding exists exactly from the ledger's answer to `_let_go`.
@@ -11,58 +12,37 @@ is set; a holding exists exactly from the ledger's answer to `_let_go`.
 
 import asyncio
 from collections.abc import Callable
-from enum import Enum
 
 import structlog
 
 from services.proxy import refusals
 from services.proxy.admission import hold_s, may_wait, retry_after_s
+from services.proxy.failover import Failover
 from services.proxy.inbound import Inbound
+from services.proxy.phase import Phase
 from services.proxy.pool import Endpoint
 from services.proxy.refusals import Refusal
 from services.proxy.relay import Relay, Step
-from services.proxy.retry import (
-    CONNECTION_LEVEL,
-    PAUSE_S,
-    STALE_S,
-    UNSENT,
-    Failure,
-    Situation,
-    Verdict,
-    decide,
-)
+from services.proxy.retry import PAUSE_S, STALE_S, UNSENT, Failure, Verdict
 from services.proxy.serving import Fleet, Served
+from services.proxy.tries import Tries, speaks_against
 from services.proxy.upstream import Connection, Head
 from shared.registry.ledger import BUSY, NONE
 
 _log = structlog.get_logger(__name__)
 
 
-class Phase(Enum):
-    """Where an exchange stands."""
-
-    RESERVING = 0
-    HELD = 1
-    """Waits for a replica, or for a moment to pass."""
-    CONNECTING = 2
-    SENT = 3
-    """On a replica; the client has seen nothing."""
-    ANSWERING = 4
-    """The client has seen something."""
-    DONE = 5
-
-
 class Exchange:
     """One request of a client, from its reservation to the end of its answer."""
 
     __slots__ = (
+        "_attempts",
         "_connecting",
         "_connection",
         "_cut_client",
         "_deadline_s",
         "_endpoint",
-        "_failure",
-        "_failure_detail",
+        "_failover",
         "_fleet",
         "_fresh_only",
         "_heard_s",
@@ -73,14 +53,11 @@ class Exchange:
         "_phase",
         "_relay",
         "_retry",
-        "_sent_tries",
         "_served",
         "_silence_s",
         "_started_s",
         "_ticket",
-        "_tried",
         "_tries",
-        "_trouble_s",
         "gen",
         "rid",
     )
@@ -101,18 +78,15 @@ class Exchange:
         self._phase = Phase.RESERVING
         self._number = fleet.next_number()
         self._ledger_id = ""
-        self._tries = 0
-        self._sent_tries = 0
-        self._tried: tuple[str, ...] = ()
+        self._attempts = 0
+        self._tries = Tries()
+        self._failover = Failover(inbound, relay)
         self._ticket = 0
         self._held_until_s = 0.0
         self._started_s = fleet.now_s()
         self._deadline_s = self._started_s + served.table.spec.request_timeout_s
         self._silence_s = served.table.spec.inter_byte_timeout_s
         self._heard_s = self._started_s
-        self._failure: Failure | None = None
-        self._failure_detail = ""
-        self._trouble_s = 0.0
         self._fresh_only = False
         self._endpoint: Endpoint | None = None
         self._connection: Connection | None = None
@@ -146,31 +120,19 @@ class Exchange:
     def try_again(self) -> None:
         """Leave the waiting room and reserve."""
         self._unhold()
-        if self._failure is None:
-            self._tried = ()  # what the table did not know, it may know now
+        if self._tries.failure is None:
+            self._tries.forget()  # what the table did not know, it may know now
         self._reserve()
 
     def _reserve(self) -> None:
         self._phase = Phase.RESERVING
         self._retry = None
-        self._tries += 1
-        self._ledger_id = f"{self._number:x}-{self._tries}"
+        self._attempts += 1
+        self._ledger_id = f"{self._number:x}-{self._attempts}"
+        excluded = self._tries.excluded(self._served, self._fleet.now_s())
         self._served.reservations.reserve(
-            self._ledger_id, self._cost_tokens(), self._excluded(), self._reserved
+            self._ledger_id, self._failover.cost_tokens, excluded, self._reserved
         )
-
-    def _cost_tokens(self) -> int:
-        return self._inbound.prompt_tokens + self._inbound.output_tokens
-
-    def _excluded(self) -> tuple[str, ...]:
-        """Name the replicas to avoid: tried ones, and ejected ones while there are others."""
-        tried = self._tried
-        if not self._served.ejected:
-            return tried
-        ejected = [rid for rid in self._served.ejected_now(self._fleet.now_s()) if rid not in tried]
-        if len(ejected) + len(tried) >= len(self._served.table.ready):
-            return tried
-        return (*tried, *ejected)
 
     def _reserved(self, answer: str) -> None:
         if self._phase is not Phase.RESERVING:
@@ -187,18 +149,19 @@ class Exchange:
         served = self._served
         if not served.table.wanted and not served.table.ready:
             self._refuse(refusals.scaled_to_zero(served.model))
-        elif self._tried and self._failure is not None:
-            self._decide(self._failure, others_ready=0)
+        elif self._tries.rids and self._tries.failure is not None:
+            self._decide(others_ready=0)
         else:
             self._hold(self._hold_s())
 
     def _hold(self, timeout_s: float) -> None:
         room = self._served.room
         if not self._ticket:
-            if not may_wait(room.waiting, self._fleet.settings.max_held_requests):
+            full = not may_wait(room.waiting, self._fleet.settings.max_held_requests)
+            if full and not self._relay.started:
                 self._refuse_busy()
                 return
-            self._ticket = room.ticket()
+            self._ticket = room.ticket(first=self._relay.started)
             self._held_until_s = min(self._fleet.now_s() + timeout_s, self._deadline_s)
         elif not self._served.table.ready:
             # Waiting for a replica to come takes longer than waiting for one to have room.
@@ -223,10 +186,11 @@ class Exchange:
             # The ledger is ahead of the table (the version in its reply has it read again), or
             # the record does not parse: who has another replica need not wait for this one.
             self._let_go()
-            if rid in self._tried or not self._served.table.ready.keys() - {*self._tried}:
+            tried = self._tries.rids
+            if rid in tried or not self._served.table.ready.keys() - {*tried}:
                 self._hold(self._hold_s())
             else:
-                self._tried = (*self._tried, rid)
+                self._tries.avoid(rid)
                 self._reserve()
             return
         self.rid = rid
@@ -260,12 +224,12 @@ class Exchange:
             self._use(endpoint, connection)
 
     def _use(self, endpoint: Endpoint, connection: Connection) -> None:
-        inbound = self._inbound
+        path, body = self._failover.request
         self._phase = Phase.SENT
-        self._sent_tries += 1
+        self._tries.sent += 1
         self._connection = connection
         self._heard_s = self._fleet.now_s()
-        connection.send(self, endpoint.request(inbound.path, inbound.request_id, inbound.body))
+        connection.send(self, endpoint.request(path, self._inbound.request_id, body))
 
     # the replica's answer (upstream.Sink)
 
@@ -278,32 +242,37 @@ class Exchange:
         self._heard_s = self._fleet.now_s()
         if complete:
             self._connection = None
-        outcome = self._relay.feed(data, complete=complete)
+        relay = self._relay
+        outcome = relay.feed(data, complete=complete)
         if self._phase is Phase.DONE:
             return
         if outcome is Step.STARTED:
             self._answering()
-            outcome = Step.ENDED if self._relay.ended else Step.GOES_ON
+            outcome = Step.ENDED if relay.ended else Step.GOES_ON
         if outcome is Step.GOES_ON:
-            if self._relay.stalled and self._connection is not None:
+            if self._phase is Phase.SENT and relay.goes_on:
+                self._gone_on()
+            if relay.stalled and self._connection is not None:
                 self._connection.pause()
         elif outcome is Step.ENDED:
             self._answered()
-            self._finish(self._relay.outcome)
+            self._finish(relay.outcome)
+        elif outcome is Step.LOST:
+            self._interrupted(relay.failure or Failure.RESET, relay.detail)
         elif outcome is Step.BROKEN:
-            self._break(self._relay.detail)
+            self._break(relay.detail)
         else:
-            self._failed(self._relay.failure or Failure.RESET, self._relay.detail)
+            self._failed(relay.failure or Failure.RESET, relay.detail)
 
     def answer_lost(self, reason: str, *, stale: bool) -> None:
-        """Try again, or tell the client that the answer broke off."""
+        """Try again, go on elsewhere, or tell the client that the answer broke off."""
         self._connection = None
         if self._phase is Phase.ANSWERING:
-            self._break(f"the replica's connection ended ({reason})")
+            self._interrupted(Failure.RESET, f"the replica's connection ended ({reason})")
         elif stale and not self._fresh_only and self._fleet.now_s() - self._heard_s < STALE_S:
             # The replica closed an idle connection while the request was on its way.
             self._fresh_only = True
-            self._sent_tries -= 1
+            self._tries.sent -= 1
             self._relay.reset()
             self._send()
         else:
@@ -320,6 +289,16 @@ class Exchange:
         self._phase = Phase.ANSWERING
         self._answered()
         self._served.metrics.first_byte.observe(self._heard_s - self._started_s)
+        self._settle()
+
+    def _gone_on(self) -> None:
+        """Note the first bytes of a replica that goes on with the stream."""
+        self._phase = Phase.ANSWERING
+        self._answered()
+        self._served.metrics.failovers[self._failover.kind].inc()
+        self._settle()
+
+    def _settle(self) -> None:
         holding = self._served.reservations.live.get(self._ledger_id)
         if holding is not None and not self._relay.ended:
             holding.streamed = True
@@ -331,50 +310,59 @@ class Exchange:
 
     # failing
 
+    def _interrupted(self, failure: Failure, detail: str) -> None:
+        """Go on with a stream elsewhere, or end it as an error the client can see."""
+        self._stop_try()
+        if self._relay.tape is None:
+            self._break(detail)
+            return
+        served = self._served
+        spec = served.table.spec
+        refused = self._failover.go_on(spec)
+        if refused is not None:
+            served.metrics.failovers["refused"].inc()
+            self._break(f"{detail}; it cannot go on elsewhere: {refused.reason}")
+            return
+        self._tries = Tries()
+        self._ticket = 0
+        self._silence_s = spec.inter_byte_timeout_s
+        self._deadline_s = self._fleet.now_s() + self._hold_s()
+        self._log("stream_interrupted", detail)
+        self._failed(failure, detail)
+
     def _failed(self, failure: Failure, detail: str) -> None:
-        """End a try that failed before the client saw anything."""
+        """End a try of which the client saw nothing."""
         self._stop_try()
         served = self._served
+        now_s = self._fleet.now_s()
         served.metrics.retries[failure.value].inc()
-        self._trouble_s = self._trouble_s or self._fleet.now_s()
         endpoint = self._endpoint
-        if (
-            failure in CONNECTION_LEVEL
-            and endpoint is not None
-            and endpoint.breaker.failed(self._fleet.now_s())
-        ):
+        if speaks_against(failure) and endpoint is not None and endpoint.breaker.failed(now_s):
             served.metrics.ejections.inc()
             served.ejected[endpoint.rid] = endpoint.breaker
-            _log.warning("replica_ejected", model=served.model, rid=self.rid, reason=detail)
-        self._failure = failure
-        self._failure_detail = f"{self.rid}: {detail}"
-        if self.rid is not None and self.rid not in self._tried:
-            self._tried = (*self._tried, self.rid)
+            self._log("replica_ejected", detail)
+        self._tries.failed(failure, self.rid, detail, now_s)
         self._let_go()
         self._relay.reset()
-        others = sum(rid not in self._tried for rid in served.table.ready)
-        self._decide(failure, others_ready=others)
+        self._decide(others_ready=self._tries.others(served))
 
-    def _decide(self, failure: Failure, *, others_ready: int) -> None:
+    def _decide(self, *, others_ready: int) -> None:
         now_s = self._fleet.now_s()
-        verdict = decide(
-            Situation(
-                failure=failure,
-                sent_tries=self._sent_tries,
-                others_ready=others_ready,
-                left_s=self._deadline_s - now_s,
-            ),
+        tries = self._tries
+        verdict = tries.verdict(
+            others_ready=others_ready,
+            now_s=now_s,
+            deadline_s=self._deadline_s,
+            hold_s=self._hold_s(),
             max_tries=self._fleet.settings.max_tries,
         )
-        if verdict is Verdict.LATER and now_s >= self._trouble_s + self._hold_s():
-            verdict = Verdict.GIVE_UP
         if verdict is Verdict.GIVE_UP:
-            self._give_up(failure)
+            self._give_up()
             return
-        delay_s = 0.0 if failure in UNSENT else self._served.budget.delay_s(now_s)
+        delay_s = 0.0 if tries.failure in UNSENT else self._served.budget.delay_s(now_s)
         if verdict is Verdict.LATER:
             # With nobody else to ask, everybody may be asked again after a moment.
-            self._tried = ()
+            tries.forget()
             delay_s = max(delay_s, PAUSE_S * self._fleet.random.uniform(0.25, 0.5))
         self._phase = Phase.RESERVING
         if delay_s:
@@ -383,15 +371,15 @@ class Exchange:
         else:
             self._reserve()
 
-    def _give_up(self, failure: Failure) -> None:
+    def _give_up(self) -> None:
         model = self._served.model
-        if failure is Failure.REJECTED:
+        if self._tries.failure is Failure.REJECTED:
             self._refuse_busy()
         elif self._fleet.now_s() >= self._deadline_s:
             self._refuse(refusals.too_slow(model, self._served.table.spec.request_timeout_s))
         else:
             self._refuse(
-                refusals.replica_failed(model, max(1, self._sent_tries), self._failure_detail)
+                refusals.replica_failed(model, max(1, self._tries.sent), self._tries.detail)
             )
 
     def _refuse_busy(self) -> None:
@@ -400,6 +388,10 @@ class Exchange:
         self._refuse(refusals.busy(served.model, seconds))
 
     def _refuse(self, refusal: Refusal) -> None:
+        if self._relay.started:
+            self._served.metrics.failovers["failed"].inc()
+            self._break(f"no other replica could go on with it: {refusal.message}")
+            return
         self._stop_try()
         self._relay.refuse(refusal)
         self._finish("4xx" if refusal.status < 500 else "5xx")
@@ -407,16 +399,19 @@ class Exchange:
     def _break(self, detail: str) -> None:
         """End an answer that had begun: as an error event, or by cutting the connection."""
         self._stop_try()
+        self._log("answer_broken", detail)
+        if not self._relay.break_off(refusals.stream_broken(detail)):
+            self._cut_client()
+        self._finish("cut")
+
+    def _log(self, event: str, detail: str) -> None:
         _log.warning(
-            "answer_broken",
+            event,
             model=self._served.model,
             rid=self.rid,
             request_id=self._inbound.request_id.decode(),
             reason=detail,
         )
-        if not self._relay.break_off(refusals.stream_broken(detail)):
-            self._cut_client()
-        self._finish("cut")
 
     # ending
 
@@ -428,7 +423,7 @@ class Exchange:
 
     def shut(self) -> None:
         """End at once, as well as it can be ended: the proxy stops."""
-        if self._phase is Phase.ANSWERING:
+        if self._relay.started and self._phase is not Phase.DONE:
             self._break("the proxy is shutting down")
         elif self._phase is not Phase.DONE:
             self._refuse(refusals.shutting_down())
@@ -450,15 +445,21 @@ class Exchange:
                     self._cut_client()
                     self._finish("gone")
                 else:
-                    self._break(f"the replica was silent for {self._silence_s:g} s")
+                    self._interrupted(Failure.SILENT, self._silent())
         elif phase is Phase.HELD:
             if now_s >= self._held_until_s:
                 self._unhold()
                 self._waited_in_vain(now_s)
+        elif phase is Phase.SENT and self._relay.started:
+            if now_s - self._heard_s > self._silence_s:
+                self._failed(Failure.SILENT, self._silent())
         elif phase is not Phase.DONE and now_s >= self._deadline_s:
             self._refuse(
                 refusals.too_slow(self._served.model, self._served.table.spec.request_timeout_s)
             )
+
+    def _silent(self) -> str:
+        return f"the replica was silent for {self._silence_s:g} s"
 
     def _waited_in_vain(self, now_s: float) -> None:
         if self._served.table.ready:

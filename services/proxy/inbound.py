@@ -13,10 +13,14 @@ from urllib.parse import parse_qsl
 import msgspec
 
 from services.proxy import refusals
+from services.proxy.continuation.plan import COMPLETIONS, PATHS
+from services.proxy.continuation.rules import armable
+from services.proxy.continuation.tape import Options
 from services.proxy.cost import prompt_tokens
 from services.proxy.refusals import Refusal
 from shared.ids import new_request_id
 
+NO_TOOLS: Final = frozenset({b"", b"null", b"[]"})
 REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._:@+=/-]{0,127}")
 
 
@@ -36,6 +40,14 @@ class Peek(msgspec.Struct):
     max_completion_tokens: Any = None
     max_output_tokens: Any = None
     n: Any = None
+    stream: Any = None
+    stop: Any = None
+    include_stop_str_in_output: Any = None
+    return_token_ids: Any = None
+    logprobs: Any = None
+    echo: Any = None
+    tool_choice: Any = None
+    tools: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
     messages: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
     prompt: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
     input: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
@@ -50,6 +62,8 @@ class Inbound(msgspec.Struct):
     prompt_tokens: int
     client_limit_tokens: int | None
     choices: int = 1
+    tape: Options | None = None
+    """How to keep a tape of its stream; None where that stream could not go on elsewhere."""
     output_tokens: int = 0
     """Expected; set once the model is known."""
 
@@ -102,6 +116,21 @@ def inbound(path: bytes, body: bytes, request_id: bytes, given: Peek) -> Inbound
         prompt_tokens=prompt_tokens(prompt),
         client_limit_tokens=limit,
         choices=_whole(given.n) or 1,
+        tape=_tape(path, given) if given.stream is True else None,
+    )
+
+
+def _tape(path: bytes, given: Peek) -> Options | None:
+    tools = bytes(given.tools) not in NO_TOOLS
+    if path not in PATHS or not armable(
+        choices=given.n, echo=given.echo, tools=tools, tool_choice=given.tool_choice
+    ):
+        return None
+    return Options.of(
+        stop=given.stop,
+        shows_stop=bool(given.include_stop_str_in_output),
+        wants_ids=bool(given.return_token_ids),
+        offsets=path == COMPLETIONS and given.logprobs is not None,
     )
 
 

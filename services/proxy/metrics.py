@@ -148,6 +148,12 @@ class Metrics:
             ("model",),
             registry=r,
         )
+        self.recounted = Counter(
+            "redmesh_proxy_ledger_recounted",
+            "Totals and scores of a model that did not follow from its leases, and were corrected.",
+            ("model",),
+            registry=r,
+        )
         self.refused = Counter(
             "redmesh_proxy_refused",
             "Requests answered by the proxy itself before a model was known.",

@@ -1,9 +1,11 @@
-"""Turning a replica's answer into the client's, in one of two shapes.
+"""Turning a replica's answer into the client's: passed through.
 
-`Relay` passes an answer through: server-sent events as the bytes they are, from the first on;
-anything else whole, so that it can be fetched again until it is complete. `TextRelay` gives the
-text of a chat stream as `text/plain`. Both say after each read how the answer stands, and know
-whether there is still a way back (nothing written) or not.
+Server-sent events are passed on as the bytes they are, from the first on; anything else whole, so
+that it can be fetched again until it is complete. A relay says after each read how the answer
+stands, and knows whether there is still a way back (nothing written) or not.
+
+An armed stream runs over a tape, which knows what was delivered. When its replica is lost, the
+answer of another one goes on where it broke off: see `go_on`.
 """
 
 from enum import Enum
@@ -13,7 +15,7 @@ import msgspec
 
 from services.proxy import refusals
 from services.proxy.client import Client
-from services.proxy.plaintext import TextStream
+from services.proxy.continuation.tape import Tape
 from services.proxy.refusals import Dialect, Refusal
 from services.proxy.retry import ENGINE_DEAD, Failure, classify
 from services.proxy.upstream import Head
@@ -37,7 +39,9 @@ class Step(Enum):
     BROKEN = 3
     """It cannot be completed, and the client has seen a part of it."""
     FAILED = 4
-    """It cannot be used, and the client has seen nothing: try again."""
+    """The try came to nothing: try again. The client has seen nothing of it."""
+    LOST = 5
+    """The replica is lost in the middle of a stream that may go on elsewhere."""
 
 
 class Relay:
@@ -56,6 +60,10 @@ class Relay:
         self._held: list[bytes] = []
         self._held_bytes = 0
         self._last = b""
+        self._goes_on = False
+        """A stream has begun, and another replica is to go on with it."""
+        self.tape: Tape | None = None
+        """Set for an armed stream."""
         self.failure: Failure | None = None
         self.detail = ""
         self.outcome = "2xx"
@@ -66,6 +74,16 @@ class Relay:
     def stalled(self) -> bool:
         """Tell whether the client is slower than the replica."""
         return self._client.stalled
+
+    @property
+    def started(self) -> bool:
+        """Tell whether the client has seen something: then there is no way back."""
+        return self._client.started
+
+    @property
+    def goes_on(self) -> bool:
+        """Tell whether another replica goes on with the stream now."""
+        return self._goes_on and self._streams
 
     @property
     def ended(self) -> bool:
@@ -80,10 +98,12 @@ class Relay:
     def feed(self, data: bytes, *, complete: bool) -> Step:
         """Take the next bytes; `complete` with the last."""
         if self._streams:
-            return self._feed_stream(data, complete=complete)
+            tape = self.tape
+            if tape is None:
+                return self._feed_stream(data, complete=complete)
+            return self._feed_tape(tape, data, complete=complete)
         if self._client.started:
-            self._client.write(data, more=not complete)
-            return Step.ENDED if complete else Step.GOES_ON
+            return self._feed_begun(data, complete=complete)
         self._held.append(data)
         self._held_bytes += len(data)
         if complete:
@@ -102,6 +122,13 @@ class Relay:
         self._head = Head(0)
         self._streams = False
         self.failure = None
+        if self.tape is not None and not self._client.started:
+            self.tape.reset()
+
+    def go_on(self) -> None:
+        """Expect the answer of another replica that goes on with the stream."""
+        self._goes_on = True
+        self.reset()
 
     def refuse(self, refusal: Refusal) -> None:
         """Answer with an error of our own."""
@@ -111,7 +138,7 @@ class Relay:
 
     def break_off(self, refusal: Refusal) -> bool:
         """End a begun answer as an error; False where only cutting the connection can tell."""
-        if not self._streams:
+        if not self._streams and not self._goes_on:
             return False
         boundary = b"" if self._last.endswith(b"\n\n") else b"\n\n"
         self._client.write(boundary + refusal.event(self._dialect), more=False)
@@ -140,6 +167,56 @@ class Relay:
         if first:
             return Step.STARTED
         return Step.ENDED if complete else Step.GOES_ON
+
+    def _feed_tape(self, tape: Tape, data: bytes, *, complete: bool) -> Step:
+        first = not self._client.started
+        events = tape.feed(data)
+        error = tape.error
+        if complete and not tape.finished and not error:
+            error = "the replica ended the stream without a finish reason"
+        if error and first:
+            # What came before the error is dropped with the try: nobody has seen it.
+            dead = ENGINE_DEAD.decode() in error
+            return self._fail(Failure.ENGINE_DEAD if dead else Failure.RESET, error)
+        last = complete and not error
+        if events or last:
+            self._deliver(events, last=last)
+        if error:
+            dead = ENGINE_DEAD.decode() in error
+            self.failure = Failure.ENGINE_DEAD if dead else Failure.RESET
+            self.detail = error
+            return Step.LOST
+        if first:
+            return Step.STARTED if self._client.started else Step.GOES_ON
+        return Step.ENDED if complete else Step.GOES_ON
+
+    def _deliver(self, events: bytes, *, last: bool) -> None:
+        """Write whole events."""
+        if not self._client.started:
+            self._start()
+        self.tokens += events.count(b"\n\n")
+        self._last = b"\n\n"
+        self._client.write(events, more=not last)
+
+    def _feed_begun(self, data: bytes, *, complete: bool) -> Step:
+        if self._goes_on:
+            return self._no_continuation(data, complete=complete)
+        self._client.write(data, more=not complete)
+        return Step.ENDED if complete else Step.GOES_ON
+
+    def _no_continuation(self, data: bytes, *, complete: bool) -> Step:
+        """Take an answer that should have gone on with a stream, and is none."""
+        if self._held_bytes < UNARY_BUFFER_BYTES:
+            self._held.append(data)
+            self._held_bytes += len(data)
+        if not complete:
+            return Step.GOES_ON
+        body = b"".join(self._held)
+        failure = classify(self._head.status, body)
+        if failure is not None:
+            return self._fail(failure, f"it answered {self._head.status}")
+        self.detail = f"the replica that was to go on answered {self._head.status}"
+        return Step.BROKEN
 
     def _whole(self, body: bytes) -> Step:
         status = self._head.status
@@ -182,58 +259,6 @@ class Relay:
             headers.append((b"cache-control", b"no-cache"))
             headers.append((b"x-accel-buffering", b"no"))
         self._client.start(head.status, headers)
-
-
-class TextRelay(Relay):
-    """Gives the text of a chat stream. An answer that breaks off is cut, never ended cleanly."""
-
-    def __init__(
-        self, client: Client, *, request_id: bytes, dialect: Dialect, model: str, path: str
-    ) -> None:
-        super().__init__(client, request_id=request_id, dialect=dialect, model=model, path=path)
-        self._text = TextStream()
-
-    def reset(self) -> None:
-        """Forget a try that came to nothing."""
-        super().reset()
-        self._text = TextStream()
-
-    def break_off(self, refusal: Refusal) -> bool:
-        """Plain text has no words for an error: the connection must be cut."""
-        del refusal
-        return False
-
-    def _feed_stream(self, data: bytes, *, complete: bool) -> Step:
-        first = not self._client.started
-        reader = self._text
-        self.tokens += data.count(b"\n\n")
-        text = reader.feed(data)
-        if complete and not reader.finished and not reader.error:
-            reader.error = "the replica ended the stream without a finish reason"
-        if reader.error:
-            if first:
-                dead = ENGINE_DEAD.decode() in reader.error
-                return self._fail(Failure.ENGINE_DEAD if dead else Failure.GATEWAY, reader.error)
-            if text:
-                self._client.write(text, more=True)
-            self.detail = reader.error
-            return Step.BROKEN
-        if not text and not complete:
-            return Step.GOES_ON
-        if first:
-            self._client.start(
-                200,
-                [
-                    (b"content-type", b"text/plain; charset=utf-8"),
-                    (b"x-request-id", self._request_id),
-                    (b"cache-control", b"no-cache"),
-                    (b"x-accel-buffering", b"no"),
-                ],
-            )
-        self._client.write(text, more=not complete)
-        if first:
-            return Step.STARTED
-        return Step.ENDED if complete else Step.GOES_ON
 
 
 def _outcome(status: int) -> str:

@@ -1,7 +1,8 @@
 """What to do when a replica did not answer a request: pure rules, time is an argument.
 
-Only failures before the first byte reached the client come here. What may be sent again is what a
-replica certainly did not answer; an ordinary 4xx is an answer. A request that was on a replica
+Failures before the first byte reached the client come here, and those of a replica that was to go
+on with a stream. What may be sent again is what a replica certainly did not answer; an ordinary 4xx
+is an answer. A request that was on a replica
 when it died counts as one of its tries (it may be what kills replicas); one that never reached a
 replica does not, and may wait as long as its deadline allows. Retries beyond the budget are
 delayed, not refused: the budget keeps a sick fleet from being stormed, and loses nobody.
@@ -38,9 +39,13 @@ class Failure(Enum):
     """The engine said that it is dead."""
     WITHDRAWN = "withdrawn"
     """The routing table says that the replica has ended."""
+    SILENT = "silent"
+    """Nothing more came in the middle of an answer."""
 
 
-CONNECTION_LEVEL: Final = frozenset({Failure.CONNECT, Failure.RESET, Failure.ENGINE_DEAD})
+CONNECTION_LEVEL: Final = frozenset(
+    {Failure.CONNECT, Failure.RESET, Failure.ENGINE_DEAD, Failure.SILENT}
+)
 """Failures that speak against the replica; only these move its breaker."""
 
 UNSENT: Final = frozenset({Failure.CONNECT, Failure.REJECTED})

@@ -25,17 +25,18 @@ class Waiter(Protocol):
 class WaitingRoom:
     """The requests of one model that wait in this proxy."""
 
-    __slots__ = ("_heap", "_tickets", "waiting")
+    __slots__ = ("_first_tickets", "_heap", "_tickets", "waiting")
 
     def __init__(self) -> None:
         self._heap: list[tuple[int, Waiter]] = []
         self._tickets = count(1)
+        self._first_tickets = count(-(1 << 62))
         self.waiting = 0
         """How many wait now."""
 
-    def ticket(self) -> int:
-        """Give the next place in the order."""
-        return next(self._tickets)
+    def ticket(self, *, first: bool = False) -> int:
+        """Give the next place in the order; `first`: before all who have seen nothing yet."""
+        return next(self._first_tickets if first else self._tickets)
 
     def enter(self, ticket: int, waiter: Waiter) -> None:
         """Wait, at the place of `ticket`."""

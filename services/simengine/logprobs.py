@@ -32,11 +32,9 @@ def completion_logprobs(ids: Sequence[int], top: int, offset: int) -> dict[str, 
 
 
 def _entry(token: int) -> dict[str, object]:
-    return {
-        "token": _text(token),
-        "logprob": _value(token),
-        "bytes": list(TOKEN_BYTES[token]),
-    }
+    text = _text(token)
+    # vLLM gives the bytes of the decoded token, not the token's own.
+    return {"token": text, "logprob": _value(token), "bytes": list(text.encode())}
 
 
 def _best(token: int, top: int) -> list[int]:

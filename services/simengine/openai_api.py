@@ -12,7 +12,6 @@ from services.simengine.logprobs import chat_logprobs, completion_logprobs
 from services.simengine.refusals import RefusalError, bad_request, read_body
 from services.simengine.requests import ChatRequest, CompletionRequest, Sampling
 from services.simengine.serving import (
-    COMPLETION_DEFAULT_TOKENS,
     MAX_LOGPROBS,
     Serving,
     chat_ids,
@@ -61,11 +60,9 @@ def completions(serving: Serving, exchange: Exchange) -> None:
         raise bad_request(message, "logprobs")
     _check_stream_options(request)
     prompts = prompts_of(request.prompt, special=request.add_special_tokens)
-    wanted = COMPLETION_DEFAULT_TOKENS if request.max_tokens is None else request.max_tokens
     param = "input_text" if isinstance(request.prompt, str) else "input_tokens"
-    for ids in prompts:
-        serving.room_for(ids, wanted, param)
-    settings = serving.settings_of(request, max_tokens=wanted)
+    rooms = [serving.room_for(ids, request.max_tokens, param) for ids in prompts]
+    settings = serving.settings_of(request, max_tokens=min(rooms))
     copies = request.n or 1
     name = f"cmpl-{request_id(exchange, request.request_id)}"
     answer = (

@@ -68,6 +68,8 @@ class CompletionRequest(Sampling, frozen=True, kw_only=True):
     """POST /v1/completions."""
 
     prompt: Prompt
+    max_tokens: int | None = 16
+    """An explicit null asks for all that the context has room for."""
     logprobs: int | None = None
     echo: bool | None = False
     add_special_tokens: bool = True

@@ -16,7 +16,6 @@ from services.simengine.wire import Exchange
 
 VERSION = "0.32.0"
 MAX_LOGPROBS = 20
-COMPLETION_DEFAULT_TOKENS = 16
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,6 +16,7 @@ from litestar.types import HTTPScope, Receive, Scope, Send
 from services.proxy import refusals
 from services.proxy.api.paths import ADDRESSED, CHAT, Route
 from services.proxy.client import Client
+from services.proxy.continuation.tape import Tape
 from services.proxy.exchange import Exchange
 from services.proxy.inbound import (
     Inbound,
@@ -28,10 +29,12 @@ from services.proxy.inbound import (
     with_model,
 )
 from services.proxy.refusals import Dialect, Refusal
-from services.proxy.relay import Relay, TextRelay
+from services.proxy.relay import Relay
 from services.proxy.serving import Fleet
 from services.proxy.stepping import begin
 from services.proxy.table import ModelTable
+from services.proxy.textrelay import TextRelay
+from shared.models.deployment import StreamFailover
 
 Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
 
@@ -181,6 +184,8 @@ class HotRoutes:
             model=table.model,
             path=route.path,
         )
+        if request.tape is not None and table.spec.stream_failover is not StreamFailover.OFF:
+            relay.tape = Tape(request.tape)
         waiting = _Waiting(receive)
         exchange = Exchange(fleet, served, request, relay, waiting.cut)
         client.on_flow(exchange.client_flows)

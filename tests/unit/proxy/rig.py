@@ -3,7 +3,7 @@
 import asyncio
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import httpx
 import msgspec
@@ -19,10 +19,19 @@ from services.proxy.table import Tables
 from shared.models.deployment import Deployment, DeploymentSpec, EngineKind, EngineSpec
 from shared.models.replica import Replica, ReplicaState
 from shared.models.routing import Beat, Lease, ModelSpec, Snapshot
-from shared.registry.ledger import BUSY, NONE, Adopt, BatchReply, Op, ReapReply, Release, Reserve
+from shared.registry.ledger import (
+    BUSY,
+    NONE,
+    Adopt,
+    BatchReply,
+    Op,
+    ReapReply,
+    RecountReply,
+    Release,
+    Reserve,
+)
 from shared.secret import Secret
 from tests.support.waiting import wait_until
-from tests.unit.proxy.engine import Engine
 
 MODEL = "demo"
 
@@ -80,6 +89,8 @@ class MemoryLedger:
         self.known = True
         self.silent: list[str] = []
         self.reaped: list[str] = []
+        self.recounts = 0
+        self.wrong_totals = 0
 
     async def batch(self, model: str, proxy: str, ops: Sequence[Op]) -> BatchReply:
         """Apply operations in order."""
@@ -146,16 +157,28 @@ class MemoryLedger:
         self.reaped.append(proxy)
         return ReapReply(100, 1 if len(self.reaped) < 2 else 0, alive=False)
 
+    async def recount(self, model: str, holders: Sequence[str]) -> RecountReply:
+        """Count how often it was asked."""
+        del model, holders
+        self.recounts += 1
+        return RecountReply(self.wrong_totals, len(self.held))
+
     def reserves(self) -> list[Reserve]:
         """Give every reserve that was asked for."""
         return [op for batch in self.batches for op in batch if isinstance(op, Reserve)]
+
+
+class HasUrl(Protocol):
+    """A replica: all that the proxy needs to know of it."""
+
+    url: str
 
 
 class Rig:
     """A running proxy before some engines. Use as an async context manager."""
 
     def __init__(
-        self, *engines: Engine, spec: Mapping[str, Any] | None = None, **settings: object
+        self, *engines: HasUrl, spec: Mapping[str, Any] | None = None, **settings: object
     ) -> None:
         base = ProxySettings(fleet_secret=Secret("fleet"), port=0)
         self.settings = msgspec.structs.replace(base, **settings)

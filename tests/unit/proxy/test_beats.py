@@ -92,3 +92,28 @@ async def test_silent_peers_are_reaped() -> None:
         rig.ledger.silent = ["px", "px-dead"]
         await rig.beats.beat(rig.served)
         assert rig.ledger.reaped == ["px-dead", "px-dead"]
+
+
+async def test_lost_operations_may_come_late() -> None:
+    """For some seconds after operations were lost every beat compares: one may arrive meanwhile."""
+    async with Rig() as rig:
+        hold(rig, "one")
+        rig.ledger.held["one"] = lease("one")
+        rig.served.reservations.dirty = True
+        await rig.beats.beat(rig.served)
+        rig.ledger.held["one"] = lease("one", cost_tokens=99)
+        await rig.beats.beat(rig.served)
+        await wait_until(lambda: rig.ledger.held["one"].cost_tokens == 10)
+
+
+async def test_totals_are_worked_out_anew_when_a_comparison_is_due() -> None:
+    """With the regular comparison totals are recounted; what was wrong shows in a metric."""
+    async with Rig() as rig:
+        rig.ledger.wrong_totals = 3
+        await rig.beats.beat(rig.served)
+        await rig.beats.beat(rig.served)
+        assert rig.ledger.recounts == 1
+        shown = rig.metrics.registry.get_sample_value(
+            "redmesh_proxy_ledger_recounted_total", {"model": "demo"}
+        )
+        assert shown == 3

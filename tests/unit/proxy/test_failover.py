@@ -7,11 +7,13 @@ import httpx
 import msgspec
 import pytest
 
+from shared.models.deployment import StreamFailover
 from shared.models.replica import ReplicaState
 from tests.support.waiting import wait_until
 from tests.unit.proxy.engine import Behaviour, Engine, Exchanged, hello
 from tests.unit.proxy.rig import Rig, chat, replica
 
+UNARMED = {"stream_failover": StreamFailover.OFF}
 DEAD = "EngineCore encountered an issue. See stack trace (above) for the root cause."
 BUSY_BODY = b'{"error":{"message":"The engine is currently busy","code":503}}'
 
@@ -368,7 +370,7 @@ async def test_unframed_stream_without_its_end() -> None:
         await exchanged.writer.drain()
         exchanged.writer.close()
 
-    async with Engine(old) as engine, Rig(engine) as rig:
+    async with Engine(old) as engine, Rig(engine, spec=UNARMED) as rig:
         answer = await rig.chat(stream=True)
         assert "stream_broken" in answer.text
 

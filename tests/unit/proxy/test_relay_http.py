@@ -3,10 +3,13 @@
 import asyncio
 import json
 
+from shared.models.deployment import StreamFailover
 from shared.secret import Secret, replica_api_key
 from tests.support.waiting import wait_until
 from tests.unit.proxy.engine import Engine, Exchanged
 from tests.unit.proxy.rig import Rig, chat
+
+UNARMED = {"stream_failover": StreamFailover.OFF}
 
 
 async def test_unary() -> None:
@@ -114,7 +117,7 @@ async def test_slow_client_pauses_replica() -> None:
             sent += len(piece)
         await exchanged.end_stream()
 
-    async with Engine(flood) as engine, Rig(engine) as rig:
+    async with Engine(flood) as engine, Rig(engine, spec=UNARMED) as rig:
         reader, writer = await rig.raw(json.dumps(chat(stream=True)).encode())
         await reader.readuntil(b"\r\n\r\n")
         before = -1
@@ -201,7 +204,7 @@ async def test_answer_until_close() -> None:
         await exchanged.writer.drain()
         exchanged.writer.close()
 
-    async with Engine(old) as engine, Rig(engine) as rig:
+    async with Engine(old) as engine, Rig(engine, spec=UNARMED) as rig:
         answer = await rig.chat()
         assert answer.json() == {"ok": True}
         await wait_until(rig.idle)
@@ -235,7 +238,7 @@ async def test_stream_until_close_whose_end_is_split() -> None:
         await exchanged.writer.drain()
         exchanged.writer.close()
 
-    async with Engine(old) as engine, Rig(engine) as rig:
+    async with Engine(old) as engine, Rig(engine, spec=UNARMED) as rig:
         reader, writer = await rig.raw(json.dumps(chat(stream=True)).encode())
         await reader.readuntil(b"[DO")
         go.set()

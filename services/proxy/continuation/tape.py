@@ -1,0 +1,303 @@
+"""What was delivered of one stream: enough to go on from another replica, and no more.
+
+A tape sits between the replica's bytes and the client's. It passes on whole events only, keeps
+the token ids, counts the text, strips the ids the client did not ask for, and knows whether the
+stream ended well. When the replica is lost, `cut` says from where another one can go on without a
+flaw; `splice` makes what that one sends the continuation of this stream.
+
+Where a stream may be cut. A replica that is given ids which end inside a character begins its
+answer with the decoded text of the *whole* prompt. So a cut is made only after an event that
+brought text with a single new id: engines show text only when everything up to there is whole
+characters, and with several ids in one event nobody knows which of them brought it. With stop
+strings an engine holds back as many characters as a stop string may still need: at such an event
+it has generated that many more than it has shown.
+
+Cost: one parse of the event's few interesting fields, and one substitution over its bytes.
+"""
+
+import re
+from array import array
+from collections import deque
+from typing import Final, NamedTuple
+
+import msgspec
+
+from services.proxy.continuation.chunks import (
+    Choice,
+    Chunk,
+    Delta,
+    decode_chunk,
+    decode_logprobs,
+    error_text,
+)
+from services.proxy.continuation.rules import stop_strings
+from services.proxy.continuation.seam import Seam
+
+MAX_EVENT_BYTES: Final = 16 << 20
+"""An event that is longer is none."""
+END: Final = b"\n\n"
+DONE: Final = b"data: [DONE]"
+NO_IDS_SENT: Final = "the replica sends no token ids"
+_DATA: Final = b"data: {"
+_IDS: Final = re.compile(rb'token_ids":\[[^\]]*\]')
+"""`token_ids` or `prompt_token_ids` with a value. It cannot match within a string: there, the
+quote would have a backslash before it."""
+_NO_IDS: Final = b'token_ids":null'
+
+
+class Options(NamedTuple):
+    """What a tape must know of its request."""
+
+    lag_chars: int = 0
+    """Characters that the engine holds back for stop strings."""
+    margin_chars: int = 0
+    """Delivered characters that must be generated again: a stop string may have begun in them."""
+    wants_ids: bool = False
+    """The client asked for token ids itself."""
+    offsets: bool = False
+    """The answer tells where each token's text begins (a completion with log probabilities)."""
+
+    @classmethod
+    def of(cls, *, stop: object, shows_stop: bool, wants_ids: bool, offsets: bool) -> "Options":
+        """Make them of a request's `stop` and of what it wants to see."""
+        longest = max(map(len, stop_strings(stop)), default=1) - 1 if stop else 0
+        return cls(
+            lag_chars=0 if shows_stop else longest,
+            margin_chars=longest if shows_stop else 0,
+            wants_ids=wants_ids,
+            offsets=offsets,
+        )
+
+
+class Cut(NamedTuple):
+    """From where another replica goes on."""
+
+    kept_tokens: int
+    """Generated tokens that it is given."""
+    skip_chars: int
+    """Characters at the beginning of its text that were delivered already."""
+
+
+class Tape:
+    """One stream, as it was delivered."""
+
+    __slots__ = (
+        "_chars",
+        "_first",
+        "_marks",
+        "_next_offset",
+        "_options",
+        "_rest",
+        "_seam",
+        "error",
+        "finished",
+        "ids",
+        "prompt_ids",
+        "refusal",
+    )
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything: nothing was delivered."""
+        self._rest: bytes = b""
+        self._first: bytes = b""
+        self._seam: Seam | None = None
+        self._chars = 0
+        self._next_offset = 0
+        self._marks: deque[tuple[int, int]] = deque([(0, 0)])
+        self.prompt_ids = array("I")
+        self.ids = array("I")
+        """Token ids delivered so far, whether or not their text could be shown."""
+        self.finished = False
+        """A finish reason was delivered: the answer is whole."""
+        self.error = ""
+        """Why the replica's stream cannot go on; empty while it can."""
+        self.refusal = ""
+        """Why no other replica can go on, by what was seen; empty if nothing speaks against it."""
+
+    def forget_try(self) -> None:
+        """Forget what a replica left unfinished; what was delivered stays."""
+        self._rest = b""
+        self.error = ""
+
+    @property
+    def chars(self) -> int:
+        """Characters delivered."""
+        return self._chars
+
+    @property
+    def next_offset(self) -> int:
+        """Where the next token's text begins, for log probabilities that say so."""
+        return self._next_offset
+
+    @property
+    def options(self) -> Options:
+        """What the tape knows of its request."""
+        return self._options
+
+    @property
+    def first(self) -> bytes:
+        """The payload of the first chunk: who this stream is."""
+        return self._first
+
+    def feed(self, data: bytes) -> bytes:
+        """Take the replica's next bytes; return the events they complete, in the client's shape.
+
+        Sets `error` where the stream says or shows that it is lost; what came before is returned.
+        """
+        if self._rest:
+            data = self._rest + data
+            self._rest = b""
+        if not data.endswith(END):
+            cut = data.rfind(END) + len(END) if END in data else 0
+            self._rest = data[cut:]
+            if len(self._rest) > MAX_EVENT_BYTES:
+                self.error = "the replica sent an event without an end"
+                return b""
+            data = data[:cut]
+        if not data:
+            return b""
+        events = data.split(END)
+        del events[-1]
+        if self._seam is not None:
+            return self._spliced(events, self._seam)
+        for number, event in enumerate(events):
+            if not self._note(event):
+                data = self._without(events, number)
+                break
+        return data if self._options.wants_ids else _IDS.sub(_NO_IDS, data)
+
+    def cut(self) -> Cut:
+        """Say from where another replica may go on."""
+        kept, generated_chars = self._marks[0]
+        return Cut(kept, self._chars - generated_chars)
+
+    def splice(self, seam: Seam, *, kept_tokens: int | None = None) -> None:
+        """Take what comes next as the continuation that `seam` was made for.
+
+        `kept_tokens`: the ids beyond are sampled anew, so forget them; None keeps all.
+        """
+        self.forget_try()
+        self._seam = seam
+        if kept_tokens is not None:
+            del self.ids[kept_tokens:]
+            self._marks = deque([self._marks[0]])
+
+    def _note(self, event: bytes) -> bool:
+        """Note one event; False if it must not be delivered (see `error`), or need not."""
+        if not event.startswith(_DATA):
+            if event == DONE and not self.finished:
+                self.error = "the replica ended the stream without a finish reason"
+                return False
+            return True
+        try:
+            chunk = decode_chunk(event[6:])
+        except msgspec.DecodeError as error:
+            self.error = f"the replica sent a chunk that does not parse: {error}"
+            return False
+        if chunk.error is not None:
+            self.error = error_text(chunk.error)
+            return False
+        if not chunk.choices:
+            return True
+        if not self._first:
+            self._begin(event[6:], chunk)
+        return self._note_choice(event, chunk.choices[0])
+
+    def _note_choice(self, event: bytes, choice: Choice) -> bool:
+        if choice.finish_reason is not None:
+            self.finished = True
+        delta = choice.delta
+        text = choice.text
+        if delta is not None:
+            text = delta.content
+            if delta.tool_calls or delta.reasoning or delta.reasoning_content:
+                self.refusal = "its reasoning or tool calls are parsed from the text as it comes"
+        ids = choice.token_ids
+        if ids:
+            self.ids.extend(ids)
+        elif text:
+            self.refusal = self.refusal or NO_IDS_SENT
+        if text:
+            self.delivered(len(text), whole=ids is not None and len(ids) == 1)
+        if self._options.offsets:
+            self._note_offset(event[6:])
+        return text is not None or not _empty(delta, choice, event)
+
+    def delivered(self, chars: int, *, whole: bool) -> None:
+        """Count text that goes to the client; `whole`: the tokens so far end with a character."""
+        self._chars += chars
+        marks = self._marks
+        if whole:
+            marks.append((len(self.ids), self._chars + self._options.lag_chars))
+        reach = self._chars - self._options.margin_chars
+        while len(marks) > 1 and marks[1][1] <= reach:
+            marks.popleft()
+
+    def _begin(self, payload: bytes, chunk: Chunk) -> None:
+        self._first = payload
+        prompt_ids = chunk.prompt_token_ids or chunk.choices[0].prompt_token_ids
+        if prompt_ids:
+            self.prompt_ids = array("I", prompt_ids)
+        else:
+            self.refusal = NO_IDS_SENT
+
+    def _note_offset(self, payload: bytes) -> None:
+        choices = decode_logprobs(payload).choices
+        logprobs = choices[0].logprobs if choices else None
+        if logprobs is not None and logprobs.tokens and logprobs.text_offset:
+            self._next_offset = logprobs.text_offset[-1] + len(logprobs.tokens[-1])
+
+    def _without(self, events: list[bytes], number: int) -> bytes:
+        """Put together what may be delivered of `events`, whose `number`th may not."""
+        kept = events[:number]
+        if not self.error:
+            for event in events[number + 1 :]:
+                if self._note(event):
+                    kept.append(event)
+                elif self.error:
+                    break
+        return b"".join(event + END for event in kept)
+
+    def _spliced(self, events: list[bytes], seam: Seam) -> bytes:
+        """Turn a continuation's events into this stream's; those it had already come to nothing."""
+        out: list[bytes] = []
+        for event in events:
+            if not event.startswith(_DATA):
+                if event == DONE and not self.finished:
+                    self.error = "the replica ended the stream without a finish reason"
+                    break
+                out.append(event)
+                continue
+            turned = seam.turn(event[6:])
+            if turned.error:
+                self.error = turned.error
+                break
+            self.ids.extend(turned.ids)
+            if turned.text:
+                self.delivered(len(turned.text), whole=turned.whole)
+            self._next_offset = turned.next_offset
+            self.finished = self.finished or turned.finished
+            if turned.payload:
+                out.append(_DATA[:-1] + turned.payload)
+        return b"".join(event + END for event in out)
+
+
+def _empty(delta: Delta | None, choice: Choice, event: bytes) -> bool:
+    """Tell whether a chunk is there only because token ids were asked for.
+
+    Where a parser of tool calls or reasoning holds text back, vLLM sends an empty delta with the
+    ids; without ids it would have sent nothing.
+    """
+    return (
+        delta is not None
+        and delta == _NOTHING
+        and choice.finish_reason is None
+        and b'"logprobs":null' in event
+    )
+
+
+_NOTHING: Final = Delta()
