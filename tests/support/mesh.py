@@ -233,6 +233,7 @@ def start(
     controllers: int = 2,
     hosts: int = 1,
     env: Mapping[str, str] | None = None,
+    options: Sequence[str] = (),
     timeout_s: float = 60.0,
 ) -> Generator[Mesh]:
     """Run a mesh while the block runs; afterwards nothing of it may be left."""
@@ -243,7 +244,7 @@ def start(
             *("up", "--detach", "--models", models, "--engine", engine),
             *("--port", str(mesh.ports[0]), "--timeout", str(timeout_s)),
             *("--proxies", str(proxies), "--controllers", str(controllers)),
-            *("--hosts", str(hosts), "--state-dir", mesh.state.path),
+            *("--hosts", str(hosts), "--state-dir", mesh.state.path, *options),
             env={MARK: mark, **(env or {})},
             timeout_s=timeout_s + 60,
         )

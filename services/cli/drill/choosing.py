@@ -4,7 +4,7 @@ from enum import StrEnum
 
 import msgspec
 
-from services.cli.drill import linked, local, remote
+from services.cli.drill import ecs, linked, local, remote
 from services.cli.drill.catalogue import Drill, Fault
 from services.cli.drill.injection import Injection, cannot
 from services.cli.drill.scene import Scene
@@ -37,6 +37,23 @@ class Means(msgspec.Struct, frozen=True, kw_only=True):
     ecs_cluster: str = ""
 
 
+_TASKS = (
+    "its processes do not run on this machine; a task of ECS can be stopped by --ecs-cluster NAME"
+)
+_HERE = (
+    "its processes do not run on this machine: run it where `redmesh up` runs, with the "
+    "--state-dir of that mesh"
+)
+_MISSING = {
+    **dict.fromkeys(Fault, _HERE),
+    **dict.fromkeys(ecs.FAULTS, _TASKS),
+    Fault.REDIS_RESTART: "its Redis was not started here; restart it by the means of whoever "
+    "runs it, or rehearse redis-disconnect and redis-away",
+    Fault.REDIS_EMPTY: "only the Redis of a mesh that `redmesh up` started here is emptied",
+}
+"""What is missing for a fault that nothing here can bring about."""
+
+
 async def choose(drill: Drill, scene: Scene, registry: Registry, means: Means) -> Injection:
     """Make the fault ready by the injector that fits; raise `InvalidInputError` if none does."""
     via = _fitting(drill, scene, means) if means.via is Via.AUTO else means.via
@@ -49,6 +66,8 @@ async def choose(drill: Drill, scene: Scene, registry: Registry, means: Means) -
             return remote.by_agent(drill, scene, registry, means.hold_s)
         case Via.REDIS if drill.fault in remote.REDIS_FAULTS:
             return await remote.by_redis(drill, registry, means.hold_s)
+        case Via.ECS if drill.fault in ecs.FAULTS:
+            return await ecs.prepare(drill, scene, means.ecs_cluster)
         case Via.DECLARE if drill.fault is Fault.ROLL:
             return remote.by_declaring(scene, registry)
         case _:
@@ -68,5 +87,6 @@ def _fitting(drill: Drill, scene: Scene, means: Means) -> Via:
         return Via.AGENT
     if drill.fault in remote.REDIS_FAULTS:
         return Via.REDIS
-    del means
-    raise cannot(drill, "nothing here can bring this fault about")
+    if means.ecs_cluster and drill.fault in ecs.FAULTS:
+        return Via.ECS
+    raise cannot(drill, _MISSING[drill.fault])

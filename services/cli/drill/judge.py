@@ -224,12 +224,16 @@ def starts_s(how: Recovery, fault_s: float, heal_s: float, answers: float | None
     return heal_s if answers is None else answers
 
 
-def trespass(how: Recovery, struck: Struck, samples: Sequence[Sample], *, heal_s: float) -> str:
-    """Name what must never be: a struck leader that leads again without an election."""
-    if how is not Recovery.LEADER:
+def trespass(struck: Struck, samples: Sequence[Sample]) -> str:
+    """Name what must never be: a struck leader that leads again after another one led."""
+    if not struck.leader:
         return ""
-    led = [each for each in samples if each.at_s > heal_s and each.leader == struck.leader]
-    return f"the struck controller {struck.leader} led again" if led else ""
+    followed = False
+    for sample in samples:
+        if followed and sample.leader == struck.leader:
+            return f"the struck controller {struck.leader} led again"
+        followed = followed or sample.leader not in {None, "", struck.leader}
+    return ""
 
 
 def drift_base_s(seen: Seen) -> float:

@@ -33,6 +33,8 @@ LIVE_BEFORE_S: Final = 10.0
 """How long traffic is watched before the fault: driven load, and traffic that is there anyway."""
 AFTER_S: Final = 2.0
 """How long the load goes on when all is well again."""
+NOTICED_S: Final = 1.0
+"""How long after the fault the first audit waits."""
 EMPTY_S: Final = 10.0
 """How long the ledger gets to be empty when the load is over."""
 PATIENCE_S: Final = 60.0
@@ -96,7 +98,7 @@ class Rehearsal:
                 await self._injection.restore()
             self._tell("the load is over: the last audit")
             left = await self._emptied()
-            drift = len((await auditing.examine(self._calm, self._scene.model)).findings)
+            drift = await self._last_audit()
         await self._note_events(began_ms)
         return self._report(left=left, drift=drift)
 
@@ -153,8 +155,9 @@ class Rehearsal:
         return (streams or self._recovered_s() is not None) and self._whole_s() is not None
 
     async def _audit(self, longest_s: float) -> None:
-        """Audit again and again until it is clean, once Redis answers."""
+        """Audit again and again until it is clean; not at once, when nobody has noticed yet."""
         until_s = self._clock() + longest_s
+        await asyncio.sleep(NOTICED_S)
         while self._clock() < until_s:
             with contextlib.suppress(RegistryError):
                 report = await auditing.examine(self._calm, self._scene.model)
@@ -177,6 +180,17 @@ class Rehearsal:
                     return 0
             await asyncio.sleep(0.2)
         return left
+
+    async def _last_audit(self) -> int:
+        """Audit once more; Redis may just have moved back to where it was."""
+        until_s = self._clock() + EMPTY_S
+        while True:
+            try:
+                return len((await auditing.examine(self._calm, self._scene.model)).findings)
+            except RegistryError:
+                if self._clock() >= until_s:
+                    raise
+            await asyncio.sleep(0.2)
 
     def _end_s(self) -> float:
         return self._fault_s if self._heal_s is None else self._heal_s
@@ -203,7 +217,9 @@ class Rehearsal:
         )
 
     def _whole_s(self) -> float | None:
-        return judge.whole_s(self._watch.samples, from_s=self._end_s())
+        # A dead member still beats by its last beat: only what is seen after the recovery counts.
+        recovered_s = self._recovered_s()
+        return judge.whole_s(self._watch.samples, from_s=max(self._end_s(), recovered_s or 0.0))
 
     def _mark(self, at_s: float, kind: str, text: str) -> None:
         self._marks.append(Mark(at_s=round(at_s, 3), kind=kind, text=text))
@@ -240,12 +256,7 @@ class Rehearsal:
             exact_s=self._exact_s,
             drift=drift,
             left=left,
-            trespass=judge.trespass(
-                drill.recovery,
-                self._injection.struck,
-                self._watch.samples,
-                heal_s=self._end_s(),
-            ),
+            trespass=judge.trespass(self._injection.struck, self._watch.samples),
             traffic=traffic,
         )
         for at_s, kind, text in (

@@ -54,9 +54,9 @@ def lines(report: Report) -> Iterator[str]:
 
 def _table(checks: Sequence[Check]) -> Iterator[str]:
     widths = [max(len(each.expected) for each in checks), max(len(each.seen) for each in checks)]
-    yield f"        {'EXPECTED':<{widths[0]}}  SEEN"
+    yield f"          {'EXPECTED':<{widths[0]}}  SEEN"
     for check in checks:
-        mark = "ok    " if check.passed else "MISSED"
+        mark = "ok      " if check.passed else "MISSED  "
         yield f"  {mark}{check.expected:<{widths[0]}}  {check.seen}"
         if not check.passed:
             yield f"          {WHY.get(check.name, '')}"

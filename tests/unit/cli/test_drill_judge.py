@@ -180,12 +180,12 @@ def test_whole_is_since_the_last_break() -> None:
 
 
 def test_a_struck_leader_must_not_lead_again() -> None:
-    """A thawed leader that is seen leading has trespassed; before the thaw it merely held on."""
-    seen = samples({"leader": "x"}, {"leader": "y"}, {"leader": "x"})
+    """A thawed leader that leads after another has trespassed; before that it merely held on."""
+    held, followed, back = {"leader": "x"}, {"leader": "y"}, {"leader": "x"}
     struck = Struck(leader="x")
-    assert "x" in trespass(Recovery.LEADER, struck, seen, heal_s=2.0)
-    assert not trespass(Recovery.LEADER, struck, seen[:2], heal_s=1.0)
-    assert not trespass(Recovery.OUT, struck, seen, heal_s=2.0)
+    assert "x" in trespass(struck, samples(held, followed, {}, back))
+    assert not trespass(struck, samples(held, held, {"leader": ""}, held, followed))
+    assert not trespass(Struck(), samples(held, followed, back))
 
 
 def request(
