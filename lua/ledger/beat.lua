@@ -1,6 +1,7 @@
 -- ledger/beat: a proxy says that it lives and how many requests wait in its queue.
 --
--- Guarantee: registers the proxy, clears any suspicion, and counts what Redis holds for it.
+-- Guarantee: registers the proxy, clears any suspicion, and counts what Redis holds for it. Leaves
+--   nothing behind for a model that is not there: one that was deleted stays deleted.
 -- KEYS 5
 --   1 zset {M}:px
 --   2 hash {M}:lease:<proxy>
@@ -30,10 +31,12 @@ redis.call('HDEL', wait, '')
 local now = now_ms()
 local known = redis.call('ZSCORE', px, proxy) and 1 or 0
 local leases = redis.call('HLEN', lease)
-local version = redis.call('GET', ver) or '0'
-redis.call('ZADD', px, digits(now), proxy)
-redis.call('ZREM', suspect, proxy)
-if waiting > 0 then
+local version = redis.call('GET', ver)
+if version or leases > 0 then
+  redis.call('ZADD', px, digits(now), proxy)
+  redis.call('ZREM', suspect, proxy)
+end
+if waiting > 0 and version then
   redis.call('HSET', wait, proxy, digits(waiting))
 else
   redis.call('HDEL', wait, proxy)
@@ -45,4 +48,4 @@ end
 -- A beat far in the future comes from a clock that went back: ledger/suspects mends it.
 local silent = redis.call('ZCOUNT', px, '-inf', '(' .. digits(now - silence))
   + redis.call('ZCOUNT', px, '(' .. digits(now + silence), '+inf')
-return { 'OK', leases, version, known, total, silent }
+return { 'OK', leases, version or '0', known, total, silent }

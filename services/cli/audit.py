@@ -5,13 +5,15 @@ leases equals its totals (`nreq`, `cost`), which give its score in `ready`; the 
 is the model's total `*`. Every lease is a live request of its proxy, and every live request has a
 lease. What the proxies believe to run on an engine is what the engine counts.
 
-One look cannot tell drift from a request that began or ended while it was taken: the parts are
-read one after the other. Races differ from look to look; drift stays. So a finding counts only
-when each of several looks, a second apart, shows the same one.
+The ledger's own accounts are read at one moment, but proxies and engines are asked apart from it:
+one look cannot tell drift from a request that began or ended meanwhile. Races differ from look to
+look; drift stays. So a finding counts only when each of several looks, a second apart, shows the
+same one.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Final
 
 import msgspec
@@ -48,6 +50,34 @@ class Kind(StrEnum):
     """A proxy could not be asked for its live requests."""
     ENGINE = "engine"
     """An engine counts other requests than the proxies do."""
+
+
+COUNTED: Final = frozenset({Kind.REQUESTS, Kind.COST, Kind.SCORE})
+"""What a recount from the leases mends."""
+
+ADVICE: Final[Mapping[Kind, str]] = MappingProxyType(
+    {
+        Kind.REQUESTS: "totals that do not follow from the leases: somebody changed keys by hand. "
+        "Proxies recount every 30 s; `redmesh audit --repair` does it now",
+        Kind.COST: "as with `requests`: `redmesh audit --repair` works it out anew",
+        Kind.SCORE: "a wrong place in `ready` sends this replica too much or too little: `redmesh "
+        "audit --repair` works it out anew",
+        Kind.LEASE_WITHOUT_REQUEST: "capacity is held for nothing. Its proxy compares every 30 s, "
+        "and after each lost call: if it stays, that proxy does not reach Redis (see its log)",
+        Kind.REQUEST_WITHOUT_LEASE: "load that nobody counts. Its proxy reports it with its next "
+        "beats: if it stays, that proxy does not reach Redis (see its log)",
+        Kind.LEASE_DIFFERS: "ledger and proxy disagree on one request. The proxy mends it when it "
+        "compares, at the latest every 30 s",
+        Kind.LEASE_OF_UNKNOWN_PROXY: "a dead proxy's reservations. Other proxies and the "
+        "controller drop them some 7 s after its last beat; `redmesh audit --repair` does it where "
+        "neither is left",
+        Kind.PROXY_SILENT: "its requests are unknown here: run the audit where the proxies' admin "
+        "ports can be reached",
+        Kind.ENGINE: "more in the engine: requests that no proxy waits for any more, or a client "
+        "that goes around the proxies. Fewer: the proxy waits for an answer that will not come",
+    }
+)
+"""What each disagreement means, and what to do about it."""
 
 
 class Live(msgspec.Struct, frozen=True):

@@ -1,13 +1,29 @@
-"""`redmesh audit`: looks at the fleet several times and says whether its accounts agree."""
+"""`redmesh audit`: looks at the fleet several times and says whether its accounts agree.
+
+`--repair` mends what the ledger itself can know: totals are worked out anew from the leases, and
+what dead proxies hold is dropped as their peers would drop it. Both are safe at any moment and
+under any load. What a proxy knows better, the proxy mends with its beats; an engine is never
+touched.
+"""
 
 import asyncio
+from collections.abc import Iterable
 from typing import Final
 
 import click
 import msgspec
 
 from services.cli import listings
-from services.cli.audit import Finding, Live, ModelSample, findings_of, judge
+from services.cli.audit import (
+    ADVICE,
+    COUNTED,
+    Finding,
+    Kind,
+    Live,
+    ModelSample,
+    findings_of,
+    judge,
+)
 from services.cli.observing import LiveReport, live_report, members
 from services.cli.session import Session, common_options
 from services.cli.tables import console, table
@@ -15,12 +31,17 @@ from shared.models.deployment import EngineKind
 from shared.models.host import MemberKind
 from shared.models.replica import ReplicaState
 from shared.registry import Registry
-from shared.registry.results import text_of, whole_number
+from shared.registry.ledger import GRACE_MS
 
 LOOKS: Final = 4
 """Drift is what so many looks show alike; two suffice when the second shows nothing in common."""
 
 INTERVAL_S: Final = 1.0
+
+REPORTED_MS: Final = 5000
+"""An engine's report that is older proves nothing: its agent is away."""
+
+REAP_TRIES: Final = 12
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,6 +53,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     requests: int
     findings: tuple[Finding, ...]
     looks: int
+    repaired: tuple[str, ...] = ()
+    """What a repair changed, for a person."""
 
 
 @click.command("audit")
@@ -39,16 +62,25 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 @click.option(
     "-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True
 )
+@click.option(
+    "--repair",
+    is_flag=True,
+    help="Work out wrong totals anew from the leases, and drop what dead proxies hold; then look "
+    "again. Safe at any time and under load.",
+)
 @common_options
-def audit_command(session: Session, *, model: str | None, output: str) -> int:
+def audit_command(session: Session, *, model: str | None, output: str, repair: bool) -> int:
     """Compare the ledger with the proxies' live requests and the engines' own counts.
 
-    Exit code 0: they agree. 1: they do not, and what disagrees is listed. Proxies are asked on
-    their admin ports: run it where those can be reached.
+    Exit code 0: they agree, maybe after --repair. 1: they do not, and what disagrees is listed with
+    what it means. Proxies are asked on their admin ports: run it where those can be reached.
     """
 
     async def act(registry: Registry) -> int:
         report = await examine(registry, model)
+        if repair and report.findings:
+            repaired = await mend(registry, report.findings)
+            report = msgspec.structs.replace(await examine(registry, model), repaired=repaired)
         if output == "json":
             click.echo(msgspec.json.format(msgspec.json.encode(report), indent=2))
         else:
@@ -76,6 +108,55 @@ async def examine(registry: Registry, model: str | None = None) -> Report:
     )
 
 
+async def mend(registry: Registry, findings: Iterable[Finding]) -> tuple[str, ...]:
+    """Mend what can be mended from here, and tell what was changed."""
+    wrong = {finding.model for finding in findings if finding.kind in COUNTED}
+    held = {
+        (finding.model, finding.subject)
+        for finding in findings
+        if finding.kind is Kind.LEASE_OF_UNKNOWN_PROXY
+    }
+    done: list[str] = []
+    for model in sorted(wrong | {model for model, _ in held}):
+        reply = await registry.ledger.recount(model, await _holders(registry, model))
+        if reply.corrected:
+            done.append(
+                f"{model}: {reply.corrected} totals and scores worked out anew from "
+                f"{reply.requests} reservations"
+            )
+    for model, proxy in sorted(held):
+        dropped = await _reap(registry, model, proxy)
+        if dropped:
+            done.append(f"{model}: {dropped} reservations of {proxy} dropped, which is gone")
+    return tuple(done)
+
+
+async def _reap(registry: Registry, model: str, proxy: str) -> int:
+    """Drop what a silent proxy holds; as everywhere, only after it was marked for a while."""
+    dropped = 0
+    for _ in range(REAP_TRIES):
+        if proxy in await registry.ledger.suspects(model):
+            reply = await registry.ledger.reap(model, proxy)
+            dropped += reply.dropped
+            while reply.left > 0:
+                reply = await registry.ledger.reap(model, proxy)
+                dropped += reply.dropped
+        if not await registry.ledger.leases(model, proxy):
+            break
+        await asyncio.sleep(GRACE_MS / 1000 / 2)
+    return dropped
+
+
+async def _holders(registry: Registry, model: str) -> set[str]:
+    """Name every proxy that may hold reservations: those that beat, and all that are known."""
+    known = {
+        seen.member.id
+        for seen in (await registry.fleet.members()).values()
+        if seen.member.kind is MemberKind.PROXY
+    }
+    return known | (await registry.ledger.proxies(model)).keys()
+
+
 async def look(registry: Registry, only: str | None) -> dict[str, ModelSample]:
     """Look once at every model. Proxies and ledger are read close together, model by model."""
     proxies = await members(registry, MemberKind.PROXY)
@@ -96,17 +177,12 @@ async def look(registry: Registry, only: str | None) -> dict[str, ModelSample]:
 async def _sample(
     registry: Registry, model: str, reports: dict[str, LiveReport | None]
 ) -> ModelSample:
-    keys = registry.keys.model(model)
-    holders, totals, snapshot, stats, ready, weights = await asyncio.gather(
-        registry.ledger.proxies(model),
-        registry.ledger.totals(model),
+    names = await _holders(registry, model) | reports.keys()
+    books, snapshot, pulse = await asyncio.gather(
+        registry.ledger.books(model, names),
         registry.replicas.snapshot(model),
-        registry.replicas.stats(model),
-        registry.connection.command("ZRANGE", keys.ready, 0, -1, "WITHSCORES"),
-        registry.connection.command("HGETALL", keys.weight),
+        registry.replicas.pulse(model),
     )
-    names = sorted(holders.keys() | reports.keys())
-    leases = await asyncio.gather(*(registry.ledger.leases(model, name) for name in names))
     own = {
         rid
         for rid, replica in snapshot.replicas.items()
@@ -114,25 +190,18 @@ async def _sample(
         and replica.state in (ReplicaState.READY, ReplicaState.DRAINING)
     }
     return ModelSample(
-        leases={name: held for name, held in zip(names, leases, strict=True) if held},
-        requests={rid: total.requests for rid, total in totals.items()},
-        costs={rid: total.cost_tokens for rid, total in totals.items()},
-        ready=dict(_scores(ready)),
-        weights={text_of(rid): text_of(weight) for rid, weight in dict(weights).items()},
+        leases=books.leases,
+        requests=books.requests,
+        costs=books.costs,
+        ready=books.ready,
+        weights=books.weights,
         live={name: _live(report, model) for name, report in reports.items()},
-        engines={rid: stat.running + stat.waiting for rid, stat in stats.items() if rid in own},
+        engines={
+            rid: stat.running + stat.waiting
+            for rid, stat in pulse.stats.items()
+            if rid in own and pulse.now_ms - stat.at_ms <= REPORTED_MS
+        },
     )
-
-
-def _scores(reply: list[object]) -> list[tuple[str, float]]:
-    """Read members with scores: pairs or a flat list, as the protocol's version has it."""
-    flat: list[object] = []
-    for part in reply:
-        flat += part if isinstance(part, (list, tuple)) else [part]
-    return [
-        (text_of(rid), float(whole_number(score)))
-        for rid, score in zip(flat[::2], flat[1::2], strict=True)
-    ]
 
 
 def _live(report: LiveReport | None, model: str) -> dict[str, Live] | None:
@@ -146,6 +215,8 @@ def _live(report: LiveReport | None, model: str) -> dict[str, Live] | None:
 
 def _show(report: Report) -> None:
     screen = console()
+    for line in report.repaired:
+        screen.print(f"repaired: {line}")
     compared = (
         f"{report.models} models, {report.replicas} ready replicas, {report.proxies} proxies, "
         f"{report.requests} requests in flight"
@@ -163,4 +234,6 @@ def _show(report: Report) -> None:
             wraps="WHY",
         )
     )
+    for kind in sorted({each.kind for each in report.findings}):
+        screen.print(f"{kind}: {ADVICE[kind]}.", highlight=False)
     screen.print(f"drift: {len(report.findings)} findings in {report.looks} looks ({compared})")

@@ -8,9 +8,10 @@ act is idempotent by request id, so that a repeat after a lost reply changes not
 the data plane.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
+from shared.errors import RegistryUnavailableError
 from shared.ids import is_name
 from shared.models.routing import Beat, Lease
 from shared.registry.connection import Argument, Evaluator
@@ -26,6 +27,7 @@ MAX_BATCH: Final = 64
 MAX_CANDIDATES: Final = 16
 SILENCE_MS: Final = 5000
 GRACE_MS: Final = 2000
+RECOUNT_TRIES: Final = 5
 
 HOT: Final = ScriptSpec(
     "ledger/hot", "M", ("ready", "weight", "cost", "nreq", PROXY_PART, "px", "ver", "spec"), ()
@@ -38,6 +40,10 @@ REAP: Final = ScriptSpec(
     ("ready", "weight", "cost", "nreq", PROXY_PART, "px", "wait", "suspect"),
     ("OK", "ALIVE"),
 )
+RECOUNT: Final = ScriptSpec(
+    "ledger/recount", "M", ("ready", "weight", "cost", "nreq", "px"), ("OK", "CONFLICT")
+)
+BOOKS: Final = ScriptSpec("ledger/books", "M", ("ready", "weight", "cost", "nreq"), ("OK",))
 READ: Final = ScriptSpec("hash/read", "*", ("*",), ("OK",))
 SCORES: Final = ScriptSpec("zset/read", "*", ("*",), ("OK",))
 
@@ -95,6 +101,27 @@ class Totals(NamedTuple):
 
     cost_tokens: int
     requests: int
+
+
+class RecountReply(NamedTuple):
+    """What a recount did: totals and scores that were wrong, and reservations that there are."""
+
+    corrected: int
+    requests: int
+
+
+class Books(NamedTuple):
+    """All accounts of a model at one moment."""
+
+    leases: dict[str, dict[str, Lease]]
+    """Proxy → request → reservation; proxies without reservations are left out."""
+    requests: dict[str, int]
+    """Replica → outstanding requests; `*` is the model's."""
+    costs: dict[str, int]
+    ready: dict[str, float]
+    """Replica → score."""
+    weights: dict[str, str]
+    """Replica → "inverse-throughput cap penalty"."""
 
 
 class Ledger:
@@ -165,13 +192,36 @@ class Ledger:
 
     async def leases(self, model: str, proxy: str) -> dict[str, Lease]:
         """Read a proxy's reservations by request id; what does not parse is left out."""
-        leases: dict[str, Lease] = {}
-        for field, value in (await self._read(self._keys.model(model).lease(proxy))).items():
-            rid, _, cost = text_of(value).rpartition(" ")
-            if rid and cost.isdigit():
-                request = text_of(field)
-                leases[request] = Lease(request=request, rid=rid, cost_tokens=int(cost))
-        return leases
+        return _leases(await self._read(self._keys.model(model).lease(proxy)))
+
+    async def recount(self, model: str, holders: Iterable[str] = ()) -> RecountReply:
+        """Work out all totals and scores of a model from its reservations, at any time.
+
+        `holders` are proxies that may hold some though they have no beat on record. Raises
+        RegistryUnavailableError when proxies appear faster than they can be named.
+        """
+        keys = self._keys.model(model)
+        for _ in range(RECOUNT_TRIES):
+            names = sorted({*await self.proxies(model), *holders})
+            named = (*keys.pick(RECOUNT.keys), *map(keys.lease, names))
+            reply = await self._client.evalsha(RECOUNT, named, names)
+            if reply[0] == b"OK":
+                return RecountReply(reply[1], reply[2])
+        raise RegistryUnavailableError(f"the proxies of {model} change too fast to be counted")
+
+    async def books(self, model: str, holders: Iterable[str]) -> Books:
+        """Read all accounts of a model at one moment, as far as `holders` hold reservations."""
+        keys, names = self._keys.model(model), sorted(set(holders))
+        named = (*keys.pick(BOOKS.keys), *map(keys.lease, names))
+        _, ready, weights, costs, requests, *held = await self._client.evalsha(BOOKS, named, ())
+        leases = {name: _leases(pairs(flat)) for name, flat in zip(names, held, strict=True)}
+        return Books(
+            leases={name: found for name, found in leases.items() if found},
+            requests={text_of(rid): whole_number(n) for rid, n in pairs(requests).items()},
+            costs={text_of(rid): whole_number(n) for rid, n in pairs(costs).items()},
+            ready={text_of(rid): float(whole_number(n)) for rid, n in pairs(ready).items()},
+            weights={text_of(rid): text_of(text) for rid, text in pairs(weights).items()},
+        )
 
     async def proxies(self, model: str) -> dict[str, int]:
         """Read when each proxy of this model last beat, in Redis' milliseconds."""
@@ -196,3 +246,14 @@ class Ledger:
     async def _read(self, key: str) -> dict[bytes, bytes]:
         reply = await self._client.evalsha(READ, (key,), ())
         return pairs(reply[1:])
+
+
+def _leases(fields: Mapping[bytes, bytes]) -> dict[str, Lease]:
+    """Read a lease hash; a field that does not parse holds nothing."""
+    leases: dict[str, Lease] = {}
+    for field, value in fields.items():
+        rid, _, cost = text_of(value).rpartition(" ")
+        if rid and cost.isdigit():
+            request = text_of(field)
+            leases[request] = Lease(request=request, rid=rid, cost_tokens=int(cost))
+    return leases

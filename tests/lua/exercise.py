@@ -123,6 +123,8 @@ async def tour(registry: Registry) -> None:
     await registry.ledger.reap(MODEL, "p0")
     await registry.ledger.totals(MODEL)
     await registry.ledger.proxies(MODEL)
+    await registry.ledger.books(MODEL, ("p1",))
+    await registry.ledger.recount(MODEL, ("p0",))
     await move(registry, "r3", ReplicaState.READY, ReplicaState.FAILED)
     await registry.replicas.delete(fence, MODEL, "r3", 7)
     await registry.specs.forget(fence, MODEL)
