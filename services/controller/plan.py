@@ -113,8 +113,7 @@ def _write_spec(draft: Draft, view: ModelView) -> None:
     if wanted == view.spec and wanted.epoch is not None:
         return
     declared_ms = world.now_ms - view.deployment.updated_ms
-    early = not world.settled or not world.hosts
-    if view.spec.epoch is None and early and declared_ms > RESTORED_MS:
+    if view.spec.epoch is None and not world.settled and declared_ms > RESTORED_MS:
         # Its data were lost. A spec would tell proxies that the replicas recorded now are all there
         # are, and end their streams on the others: agents get time to register what runs.
         return

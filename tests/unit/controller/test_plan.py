@@ -241,6 +241,20 @@ def test_lost_orders_are_written_again() -> None:
     assert plan(fleet.world()) == []
 
 
+def test_a_lost_spec_is_written_after_agents_had_time_to_register() -> None:
+    """A spec says that what is recorded is all there is; a fresh declaration waits for nobody."""
+    fleet = serving(replicas=2)
+    fleet.specs.clear()
+    fleet.settled = False
+    assert only(plan(fleet.world()), WriteSpec) == []
+    fleet.settled = True
+    assert only(plan(fleet.world()), WriteSpec)
+    fresh = msgspec.structs.replace(fleet.deployments["m"], updated_ms=fleet.now_ms - 1000)
+    fleet.deployments["m"] = fresh
+    fleet.settled = False
+    assert only(plan(fleet.world()), WriteSpec)
+
+
 def test_an_order_without_a_record_is_taken_back() -> None:
     """What no record stands behind is not ordered any longer; but not before things settled."""
     fleet = serving(replicas=1)
