@@ -26,14 +26,14 @@ class _Choice(msgspec.Struct, frozen=True):
     delta: _Delta | None = None
 
 
+class _Error(msgspec.Struct, frozen=True):
+    message: str = ""
+
+
 class _Event(msgspec.Struct, frozen=True):
     choices: tuple[_Choice, ...] = ()
     usage: _Usage | None = None
-    error: msgspec.Raw | None = None
-
-
-class _Error(msgspec.Struct, frozen=True):
-    message: str = ""
+    error: _Error | None = None
 
 
 _EVENT: Final = msgspec.json.Decoder(_Event)
@@ -79,7 +79,7 @@ def _judge_events(
     pieces: list[str] = []
     for event in events:
         if event.error is not None:
-            return Answer(outcome=Outcome.ERROR_EVENT, detail=_message(event.error))
+            return Answer(outcome=Outcome.ERROR_EVENT, detail=event.error.message[:_SHOWN])
         for choice in event.choices:
             finish = choice.finish_reason or finish
             if choice.delta is not None and choice.delta.content:
@@ -98,13 +98,6 @@ def _judge_events(
         detail = f"differs at character {at}: {text[at : at + 20]!r} != {reference[at : at + 20]!r}"
         return Answer(outcome=Outcome.DIFFERENT, detail=detail, text=text, tokens=produced)
     return Answer(outcome=Outcome.OK, text=text, tokens=produced)
-
-
-def _message(error: msgspec.Raw) -> str:
-    try:
-        return msgspec.json.decode(error, type=_Error).message[:_SHOWN]
-    except msgspec.MsgspecError:
-        return bytes(error)[:_SHOWN].decode(errors="replace")
 
 
 def _shown(body: bytes) -> str:

@@ -34,6 +34,7 @@ class Watch:
         self._scene = scene
         self._clock = clock
         self._changed = asyncio.Event()
+        self._over = False
         self._members = scene.members
         self.samples: list[Sample] = []
         self.live = live.Live()
@@ -42,13 +43,15 @@ class Watch:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncGenerator[None]:
         """Watch while the block runs."""
+        # Told by a flag and not by cancelling: before Python 3.12 a library that just got its answer
+        # may swallow a cancellation, and a look is short in any case.
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self._look()), group.create_task(self._look_slowly())]
+            group.create_task(self._look())
+            group.create_task(self._look_slowly())
             try:
                 yield
             finally:
-                for task in tasks:
-                    task.cancel()
+                self._over = True
 
     async def until(self, predicate: Callable[[], bool], timeout_s: float) -> bool:
         """Wait until `predicate` holds after some sample; tells whether it did in time."""
@@ -61,14 +64,14 @@ class Watch:
         return predicate()
 
     async def _look(self) -> None:
-        while True:
+        while not self._over:
             began_s = self._clock()
             self._add(await self._sample(began_s))
             await asyncio.sleep(max(0.0, INTERVAL_S - (self._clock() - began_s)))
 
     async def _look_slowly(self) -> None:
         second = int(self._clock())
-        while True:
+        while not self._over:
             began_s = self._clock()
             pages = await self._pages()
             if int(began_s) > second:
