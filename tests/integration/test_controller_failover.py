@@ -34,7 +34,9 @@ BOUND_S: Final = 1.5 * TTL_S
 LIVING: Final = frozenset(
     {ReplicaState.PENDING, ReplicaState.STARTING, ReplicaState.READY, ReplicaState.UNHEALTHY}
 )
-STRIKES: Final = pytest.mark.parametrize("strike", [signal.SIGKILL, signal.SIGSTOP])
+STRIKES: Final = pytest.mark.parametrize(
+    "strike", [signal.SIGKILL, signal.SIGSTOP], ids=lambda strike: strike.name
+)
 
 
 @pytest.fixture(scope="module")

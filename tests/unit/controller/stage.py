@@ -26,6 +26,7 @@ from shared.errors import LeadershipLostError
 from shared.models.deployment import EngineKind
 from shared.models.host import Host
 from shared.models.replica import Replica
+from shared.models.routing import ModelSpec
 from shared.registry import Registry
 from shared.registry.connection import Argument, Connection
 from shared.registry.keys import Keys
@@ -108,6 +109,8 @@ class StageConnection(Connection):
         if parts[0] == "TIME":
             now_ms = self._now_ms()
             return [str(now_ms // 1000), str(now_ms % 1000 * 1000)]
+        if self.hook is not None:
+            await self.hook(str(parts[0]))
         return await super().command(*parts)
 
 
@@ -191,7 +194,7 @@ class Stage:
         deployments = await fleet.deployments()
         orders = {name: await fleet.orders(name) for name in self.hosts}
         replicas: Counter[tuple[str, ...]] = Counter()
-        specs: dict[str, object] = {}
+        specs: dict[str, ModelSpec] = {}
         for model in deployments:
             snapshot = await self.registry.replicas.snapshot(model)
             specs[model] = msgspec.structs.replace(snapshot.spec, epoch=None, created_ms=0)
@@ -242,7 +245,7 @@ class Outcome(msgspec.Struct, frozen=True):
     """The state of a fleet as far as it must not depend on who led when."""
 
     deployments: dict[str, bool]
-    specs: dict[str, object]
+    specs: dict[str, ModelSpec]
     replicas: dict[tuple[str, ...], int]
     """Model, revision, state, URL if external, request cap and order → how many."""
     orders: int
@@ -328,16 +331,17 @@ class Seat:
         assert await self._stage.digest() == before, f"late writes changed something: {self._left}"
 
     async def thaw(self) -> bool:
-        """Let the frozen write go; tells whether it, or what follows it, was refused."""
+        """Let the frozen write go; tells whether it was refused and changed nothing."""
         task = self.frozen
         assert task is not None
         self.frozen = None
         self.freeze_at = -1
+        before = await self._stage.digest()
         self._thawed.set()
         try:
             await task
         except LeadershipLostError:
-            return True
+            return await self._stage.digest() == before
         return False
 
     async def _gate(self, name: str) -> None:

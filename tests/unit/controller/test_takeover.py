@@ -335,17 +335,26 @@ async def test_many_takeovers_in_a_row_end_the_same(stage: Stage, seed: int) -> 
             await deed(stage)
             for _ in range(pace.randrange(1, 8)):
                 await drama.lead()
-        outcomes.append(without_failures(await drama.end()))
+        outcomes.append(timeless(await drama.end()))
         told = drama.told
     print(f"seed {seed}: {' '.join(told)}")  # noqa: T201 - what it was, to judge it by
     assert outcomes[0] == outcomes[1], told
 
 
-def without_failures(outcome: Outcome) -> Outcome:
-    """Leave out the records of failures: how many are kept depends on when they happened."""
+def timeless(outcome: Outcome) -> Outcome:
+    """Leave out what depends on when things happened, whoever leads.
+
+    How many failures are kept as evidence, with the holds on them, does; and generations begin
+    anew if a deleted model was already forgotten when it was declared again.
+    """
     kept = {key: n for key, n in outcome.replicas.items() if key[2] != "FAILED"}
     gone = sum(outcome.replicas.values()) - sum(kept.values())
-    return msgspec.structs.replace(outcome, replicas=kept, orders=outcome.orders - gone)
+    specs = {
+        model: msgspec.structs.replace(spec, generation=0) for model, spec in outcome.specs.items()
+    }
+    return msgspec.structs.replace(
+        outcome, replicas=kept, orders=outcome.orders - gone, specs=specs, holds=()
+    )
 
 
 class Drama:
