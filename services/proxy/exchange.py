@@ -428,12 +428,13 @@ class Exchange:
         elif self._phase is not Phase.DONE:
             self._refuse(refusals.shutting_down())
 
-    def withdraw(self, grace_s: float) -> None:
-        """Leave a replica that the table says has ended; a stream may prove it wrong."""
+    def withdraw(self, grace_s: float, *, ended: bool) -> None:
+        """Leave a replica that the table says is lost; a stream may prove it wrong."""
         if self._phase is Phase.ANSWERING:
-            self._silence_s = min(self._silence_s, grace_s)
+            if ended or self._relay.tape is not None:
+                self._silence_s = min(self._silence_s, grace_s)
         elif self._phase in {Phase.SENT, Phase.CONNECTING}:
-            self._failed(Failure.WITHDRAWN, "the replica has ended")
+            self._failed(Failure.WITHDRAWN, "the replica has ended, or stands still")
 
     def expire(self, now_s: float) -> None:
         """End what is overdue."""
@@ -445,21 +446,18 @@ class Exchange:
                     self._cut_client()
                     self._finish("gone")
                 else:
-                    self._interrupted(Failure.SILENT, self._silent())
+                    self._interrupted(Failure.SILENT, f"it was silent for {self._silence_s:g} s")
         elif phase is Phase.HELD:
             if now_s >= self._held_until_s:
                 self._unhold()
                 self._waited_in_vain(now_s)
         elif phase is Phase.SENT and self._relay.started:
             if now_s - self._heard_s > self._silence_s:
-                self._failed(Failure.SILENT, self._silent())
+                self._failed(Failure.SILENT, f"it was silent for {self._silence_s:g} s")
         elif phase is not Phase.DONE and now_s >= self._deadline_s:
             self._refuse(
                 refusals.too_slow(self._served.model, self._served.table.spec.request_timeout_s)
             )
-
-    def _silent(self) -> str:
-        return f"the replica was silent for {self._silence_s:g} s"
 
     def _waited_in_vain(self, now_s: float) -> None:
         if self._served.table.ready:

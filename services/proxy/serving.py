@@ -27,7 +27,8 @@ RETRY_ALL_S: Final = 1.0
 REASONS: Final = tuple(failure.value for failure in Failure)
 ENDED: Final = frozenset({ReplicaState.FAILED, ReplicaState.STOPPED})
 ENDED_GRACE_S: Final = 3.0
-"""A stream of a replica that the table calls ended gets this long to prove the table wrong."""
+"""A stream of a replica that the table calls ended, or unhealthy, gets this long to prove it
+wrong."""
 
 
 class Carried(Protocol):
@@ -42,8 +43,8 @@ class Carried(Protocol):
     def expire(self, now_s: float) -> None:
         """End it if its deadline has passed."""
 
-    def withdraw(self, grace_s: float) -> None:
-        """Its replica has ended: give it a little time to prove otherwise."""
+    def withdraw(self, grace_s: float, *, ended: bool) -> None:
+        """Its replica has ended, or stands still: give it a little time to prove otherwise."""
 
     def shut(self) -> None:
         """End it now."""
@@ -108,14 +109,16 @@ class Served:
             self.room.wake_all()
 
     def table_changed(self) -> None:
-        """Let waiting requests try, and take requests back from replicas that have ended."""
+        """Let waiting requests try, and take requests back from replicas that are lost."""
         for exchange in list(self.exchanges):
             rid = exchange.rid
             if rid is None:
                 continue
             replica = self.table.replicas.get(rid)
             if replica is None or replica.state in ENDED or replica.gen != exchange.gen:
-                exchange.withdraw(ENDED_GRACE_S)
+                exchange.withdraw(ENDED_GRACE_S, ended=True)
+            elif replica.state is ReplicaState.UNHEALTHY:
+                exchange.withdraw(ENDED_GRACE_S, ended=False)
         if self.room.waiting:
             self.room.wake_all()
 

@@ -18,6 +18,7 @@ from services.simengine.arguments import parse
 from services.simengine.main import Simulator, bind
 from shared.models.deployment import StreamFailover
 from shared.models.replica import ReplicaState
+from tests.support.answers import Answer, blank, read, same
 from tests.support.waiting import wait_until
 from tests.unit.proxy.engine import Engine, Exchanged
 from tests.unit.proxy.rig import MODEL, Rig, replica
@@ -64,58 +65,6 @@ async def sims(count: int = 2, *flags: str) -> AsyncGenerator[list[Sim]]:
             await simulator.stop(flush=True)
 
 
-class Answer(msgspec.Struct, kw_only=True):
-    """A stream as a client understands it, whatever chunks it came in."""
-
-    text: str = ""
-    ids: list[int] = []
-    logprobs: list[Any] = []
-    offsets: list[int] = []
-    finish: list[Any] = []
-    usage: Any = None
-    roles: int = 0
-    done: bool = False
-    errors: list[Any] = []
-    identities: set[tuple[str, int, str, str]] = set()
-    shown_ids: int = 0
-    """Chunks whose token ids were shown."""
-
-
-def read(body: bytes) -> Answer:
-    """Read a stream."""
-    answer = Answer()
-    for event in body.decode().split("\n\n"):
-        if event == "data: [DONE]":
-            answer.done = True
-        elif event.startswith("data: "):
-            _add(answer, json.loads(event[6:]))
-    return answer
-
-
-def _add(answer: Answer, chunk: dict[str, Any]) -> None:
-    if "error" in chunk:
-        answer.errors.append(chunk["error"])
-        return
-    answer.identities.add((chunk["id"], chunk["created"], chunk["model"], chunk["object"]))
-    answer.usage = chunk.get("usage") or answer.usage
-    for choice in chunk["choices"]:
-        delta = choice.get("delta") or {"content": choice.get("text")}
-        answer.roles += "role" in delta
-        answer.text += delta.get("content") or ""
-        answer.ids += choice.get("token_ids") or []
-        answer.shown_ids += choice.get("token_ids") is not None
-        logprobs = choice.get("logprobs")
-        if logprobs and "content" in logprobs:
-            answer.logprobs += logprobs["content"]
-        elif logprobs:
-            answer.offsets += logprobs["text_offset"]
-            answer.logprobs += list(
-                zip(logprobs["tokens"], logprobs["token_logprobs"], strict=True)
-            )
-        if choice["finish_reason"] is not None:
-            answer.finish.append((choice["finish_reason"], choice.get("stop_reason")))
-
-
 def request(path: str, **fields: object) -> dict[str, Any]:
     """Make a greedy stream request of thirty tokens."""
     asked: dict[str, Any] = {
@@ -136,15 +85,6 @@ async def alone(sim: Sim, path: str, asked: dict[str, Any]) -> Answer:
     """Ask one engine without a proxy."""
     async with httpx.AsyncClient(base_url=sim.url, timeout=20) as client:
         return read((await client.post(path, json=asked)).content)
-
-
-def same(got: Answer, wanted: Answer) -> None:
-    """Compare everything but the identity, of which there must be exactly one."""
-    assert got.errors == []
-    assert len(got.identities) == 1
-    assert got.done
-    for field in ("text", "ids", "logprobs", "offsets", "finish", "usage", "roles"):
-        assert getattr(got, field) == getattr(wanted, field), field
 
 
 def failovers(rig: Rig, outcome: str) -> float:
@@ -315,23 +255,11 @@ async def test_the_client_sees_no_ids_it_did_not_ask_for() -> None:
             async with httpx.AsyncClient(base_url=sim.url) as client:
                 wanted = (await client.post(path, json=asked)).content
             got = (await rig.http.post(path, json=asked)).content
-            assert _blank(got) == _blank(wanted)
+            assert blank(got) == blank(wanted)
             shown = read(
                 (await rig.http.post(path, json={**asked, "return_token_ids": True})).content
             )
             assert len(shown.ids) == 30
-
-
-def _blank(body: bytes) -> list[Any]:
-    """Read the events, without identity and time."""
-    events: list[Any] = []
-    for event in body.decode().split("\n\n"):
-        if event.startswith("data: {"):
-            chunk = json.loads(event[6:])
-            events.append({**chunk, "id": "", "created": 0})
-        else:
-            events.append(event)
-    return events
 
 
 async def test_plain_text_goes_on() -> None:
@@ -424,3 +352,22 @@ async def test_another_answer_is_never_stitched_on() -> None:
             got = read((await rig.http.post(CHAT, json=asked)).content)
         same(got, wanted)
         assert failovers(rig, "exact") == 1
+
+
+async def test_an_unhealthy_replica_is_left() -> None:
+    """When the fleet finds a replica standing still, its requests and streams go elsewhere."""
+    asked = request(CHAT, max_tokens=200)
+    async with sims() as (first, second), Rig(first, second) as rig:
+        wanted = await alone(second, CHAT, asked)
+        reading = asyncio.create_task(rig.http.post(CHAT, json=asked))
+        await wait_until(lambda: any(e.streamed for _, e in rig.served.reservations.live.items()))
+        await first.suffer(kind="freeze")
+        unary = asyncio.create_task(rig.http.post(CHAT, json={**asked, "stream": False}))
+        unary2 = asyncio.create_task(rig.http.post(CHAT, json={**asked, "stream": False}))
+        await wait_until(lambda: rig.fleet.in_flight() == 3)
+        still = msgspec.structs.replace(rig.replicas[0], state=ReplicaState.UNHEALTHY)
+        rig.change(still, rig.replicas[1])
+        for answer in (await unary, await unary2):
+            assert answer.json()["usage"]["completion_tokens"] == 200
+        same(read((await reading).content), wanted)
+        await wait_until(rig.idle)

@@ -1,0 +1,79 @@
+"""Streams as a client understands them, whatever chunks they came in; and when two are the same."""
+
+import json
+from typing import Any
+
+import msgspec
+
+
+class Answer(msgspec.Struct, kw_only=True):
+    """A stream as a client understands it, whatever chunks it came in."""
+
+    text: str = ""
+    ids: list[int] = []
+    logprobs: list[Any] = []
+    offsets: list[int] = []
+    finish: list[Any] = []
+    usage: Any = None
+    roles: int = 0
+    done: bool = False
+    errors: list[Any] = []
+    identities: set[tuple[str, int, str, str]] = set()
+    shown_ids: int = 0
+    """Chunks whose token ids were shown."""
+
+
+def read(body: bytes) -> Answer:
+    """Read a stream."""
+    answer = Answer()
+    for event in body.decode().split("\n\n"):
+        if event == "data: [DONE]":
+            answer.done = True
+        elif event.startswith("data: "):
+            _add(answer, json.loads(event[6:]))
+    return answer
+
+
+def _add(answer: Answer, chunk: dict[str, Any]) -> None:
+    if "error" in chunk:
+        answer.errors.append(chunk["error"])
+        return
+    answer.identities.add((chunk["id"], chunk["created"], chunk["model"], chunk["object"]))
+    answer.usage = chunk.get("usage") or answer.usage
+    for choice in chunk["choices"]:
+        delta = choice.get("delta") or {"content": choice.get("text")}
+        answer.roles += "role" in delta
+        answer.text += delta.get("content") or ""
+        answer.ids += choice.get("token_ids") or []
+        answer.shown_ids += choice.get("token_ids") is not None
+        logprobs = choice.get("logprobs")
+        if logprobs and "content" in logprobs:
+            answer.logprobs += logprobs["content"]
+        elif logprobs:
+            answer.offsets += logprobs["text_offset"]
+            answer.logprobs += list(
+                zip(logprobs["tokens"], logprobs["token_logprobs"], strict=True)
+            )
+        if choice["finish_reason"] is not None:
+            answer.finish.append((choice["finish_reason"], choice.get("stop_reason")))
+
+
+def same(got: Answer, wanted: Answer) -> None:
+    """Compare everything but the identity, of which there must be exactly one."""
+    assert got.errors == []
+    assert len(got.identities) == 1
+    assert got.done
+    for field in ("text", "ids", "logprobs", "offsets", "finish", "usage", "roles"):
+        assert getattr(got, field) == getattr(wanted, field), field
+
+
+def blank(body: bytes) -> list[Any]:
+    """Read the events, without identity and time."""
+    events: list[Any] = []
+    for event in body.decode().split("\n\n"):
+        if event.startswith("data: {"):
+            chunk = json.loads(event[6:])
+            events.append({**chunk, "id": "", "created": 0})
+        else:
+            events.append(event)
+    return events
