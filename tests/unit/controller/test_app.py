@@ -306,9 +306,14 @@ async def test_a_spec_survives_its_hash() -> None:
 
 async def test_reservations_of_a_dead_proxy_are_dropped(registry: Registry) -> None:
     """A proxy that beats no more loses what it held, in two looks, and an event tells it."""
-    await registry.ledger.beat("m", "px-dead")
     await registry.fleet.declare("m", declared(), 0)
+    running = Replica(
+        rid="m-1", model="m", gen=1, state=ReplicaState.READY, host="h0", revision="abc"
+    )
+    await registry.replicas.register(running)
+    await registry.ledger.beat("m", "px-dead")
     await registry.ledger.batch("m", "px-dead", [Reserve("r1", 10, 1)])
+    assert await registry.ledger.leases("m", "px-dead")
     actor = acting(registry, Fence(1, "c1"))
 
     async def reaped() -> bool:
