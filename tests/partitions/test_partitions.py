@@ -1,7 +1,7 @@
 """Partitions between real hosts under load: silent, one way and both ways, and links that are bad.
 
-Where coordination is cut off, no request may notice. Where a replica is cut off from a proxy, a
-request may lose the time it takes to notice, and nothing else. After healing, within ten seconds,
+Where coordination is cut off, no request may notice. Where a replica is cut off from a proxy,
+requests and streams may lose the time it takes to notice, and nothing else. After healing, within ten seconds,
 everybody agrees again.
 """
 
@@ -25,11 +25,10 @@ from tests.partitions.fleet import (
     reports_of,
     whole,
 )
-from tests.partitions.trial import TOKENS, Trial, under_load
+from tests.partitions.trial import TOKENS, USERS, Trial, under_load
 from tests.support.mesh import ready_replicas
 from tests.support.netns import Network, Pairs
 from tests.support.streams import Report, percentile
-from tests.support.verdicts import Outcome
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.mesh
@@ -82,7 +81,7 @@ async def test_proxies_that_are_cut_one_way_from_redis_lose_nothing(fleet: Fleet
         with fleet.network.cut(pairs):
             trial.mark()
             await trial.within(10, "both do without", lambda: away(trial.registry))
-            await trial.goes_on(3 * 24)
+            await trial.goes_on(2 * USERS)
         await trial.healed()
         await trial.same_engines()
     untouched(trial.report())
@@ -105,9 +104,12 @@ async def test_silent_agents_are_no_dead_engines(fleet: Fleet) -> None:
     untouched(trial.report())
 
 
-@pytest.mark.parametrize("direction", ["both ways", "there", "back"])
+@pytest.mark.parametrize(
+    ("direction", "wanted"),
+    [("both ways", REPLICAS), ("there", REPLICAS), ("back", REPLICAS + 1)],
+)
 async def test_a_leader_that_is_cut_off_from_redis_is_followed(
-    fleet: Fleet, direction: str
+    fleet: Fleet, direction: str, wanted: int
 ) -> None:
     """The standby leads within 1.5 lease times and acts; the old leader does nothing any more."""
     async with under_load(fleet) as trial:
@@ -121,55 +123,54 @@ async def test_a_leader_that_is_cut_off_from_redis_is_followed(
             trial.mark()
             await trial.within(1.5 * LEASE_TTL_S, "another one leads", followed)
             new = await leader_of(trial.registry)
-            await trial.within(15, "it says so itself", lambda: leads(trial.registry, new))
-            done = await fleet.ask("scale", MODEL, str(REPLICAS + 1))
-            assert done.code == 0, done
-            await wait_until(
-                lambda: ready(trial.registry, REPLICAS + 1), timeout_s=30, what="it acts"
-            )
+            await trial.within(15, "it acts", lambda: leads(trial.registry, new))
+            if wanted > REPLICAS:
+                done = await fleet.ask("scale", MODEL, str(wanted))
+                assert done.code == 0, done
+                await wait_until(
+                    lambda: ready(trial.registry, wanted), timeout_s=30, what="it scales"
+                )
         await trial.healed()
         await trial.within(10, "one leads", lambda: leads(trial.registry, new, alone=True))
         assert await leader_of(trial.registry) == new
-        assert await whole(trial.registry, REPLICAS + 1)
-        assert {rid: r.pid for rid, r in trial.before.items()}.items() <= {
-            rid: r.pid for rid, r in (await ready_replicas(trial.registry, MODEL)).items()
-        }.items()
+        assert await whole(trial.registry, wanted)
+        now = await ready_replicas(trial.registry, MODEL)
+        assert all(now[rid].pid == replica.pid for rid, replica in trial.before.items())
         await fleet.ask("scale", MODEL, str(REPLICAS))
     untouched(trial.report())
 
 
 @pytest.mark.parametrize("direction", ["both ways", "there", "back"])
-async def test_a_replica_that_one_proxy_cannot_reach(fleet: Fleet, direction: str) -> None:
-    """The proxy notices in seconds, repairs what it can, and the other proxy notices nothing."""
+async def test_a_replica_that_one_proxy_cannot_reach_loses_nothing(
+    fleet: Fleet, direction: str
+) -> None:
+    """Its proxy notices in seconds and goes on elsewhere; the other proxy notices nothing."""
     async with under_load(fleet) as trial:
-        (victim,) = (r for r in trial.before.values() if r.host == "gpu-0")
-        with fleet.network.cut(directions("px-0", "gpu-0")[direction]):
+        host, victims = least_used_host(trial)
+        with fleet.network.cut(directions("px-0", host)[direction]):
             trial.mark()
             cut_s = time.monotonic()
-            hit = await streams_on(trial.registry, "px-0", victim.rid)
+            assert await streams_on(trial.registry, "px-0", victims) > 0
             await trial.within(
                 NOTICED_S[direction] + STREAM_S,
                 "nothing waits for it",
-                lambda: avoided(trial, victim.rid, cut_s),
+                lambda: avoided(trial, victims, cut_s),
             )
             await trial.goes_on()
         await trial.healed()
 
         async def used_again() -> bool:
-            return await streams_on(trial.registry, "px-0", victim.rid) > 0
+            return await streams_on(trial.registry, "px-0", victims) > 0
 
         await trial.within(25, "used again", used_again)
         await trial.same_engines()
     report = trial.report()
-    assert report.lost == 0
-    assert report.retried == 0
-    assert set(report.broken) <= {Outcome.ERROR_EVENT}
-    assert sum(report.broken.values()) <= hit
-    ours = [r for r in trial.load.results if r.port == PROXIES["px-0"]]
-    others = [r for r in trial.load.results if r.port == PROXIES["px-1"]]
-    assert all(r.outcome is Outcome.OK for r in others)
-    assert max(r.ttft_s for r in others) < 2
-    assert max(r.ttft_s for r in ours) < WAITED_S + 1.5
+    assert (report.ok, report.retried) == (report.count, 0), report
+    ours, others = (
+        max(r.ttft_s for r in trial.load.results if r.port == port) for port in PROXIES.values()
+    )
+    assert ours < WAITED_S + 1.5
+    assert others < 2
 
 
 async def test_slow_replicas_are_used_less_and_not_called_dead(fleet: Fleet) -> None:
@@ -178,12 +179,12 @@ async def test_slow_replicas_are_used_less_and_not_called_dead(fleet: Fleet) -> 
         slow = next(iter(trial.before.values()))
         await fleet.fault(slow, kind="slow", factor=10)
         asked = len(trial.load.results)
-        await trial.goes_on(500)
+        await trial.goes_on(300)
         late = [r for r in trial.load.results[asked:] if r.total_s > 3 * 10 * STEP_MS / 1000]
         share = len(late) / (len(trial.load.results) - asked)
         for replica in trial.before.values():
             await fleet.fault(replica, kind="slow", factor=10)
-        await trial.goes_on(3 * 24)
+        await trial.goes_on()
         for replica in trial.before.values():
             await fleet.fault(replica, kind="clear")
         await trial.goes_on()
@@ -195,14 +196,15 @@ async def test_slow_replicas_are_used_less_and_not_called_dead(fleet: Fleet) -> 
 
 async def test_bad_links_to_replicas_cost_time_only(fleet: Fleet) -> None:
     """With 100 ms each way to one replica and 5 % loss to another, every stream comes whole."""
-    slow = [pair for px in PROXIES for pair in directions(px, "gpu-0")["both ways"]]
-    lossy = [pair for px in PROXIES for pair in directions(px, "gpu-1")["both ways"]]
     async with under_load(fleet) as trial:
+        far, worn = sorted({replica.host for replica in trial.before.values()})[:2]
+        slow = [pair for px in PROXIES for pair in directions(px, far)["both ways"]]
+        lossy = [pair for px in PROXIES for pair in directions(px, worn)["both ways"]]
         with (
             fleet.network.impaired(slow, delay_s=0.1),
             fleet.network.impaired(lossy, loss=0.05),
         ):
-            await trial.goes_on(5 * 24)
+            await trial.goes_on(4 * USERS)
         await trial.healed()
         await trial.same_engines()
     untouched(trial.report(), ttft_s=5.0)
@@ -216,9 +218,9 @@ async def test_bad_links_to_redis_cost_nothing(fleet: Fleet) -> None:
             fleet.network.impaired(late, delay_s=0.1),
             fleet.network.impaired(lossy, loss=0.05),
         ):
-            await trial.goes_on(24)
+            await trial.goes_on()
             settled = len(trial.load.results)
-            await trial.goes_on(4 * 24)
+            await trial.goes_on(3 * USERS)
         ttft_s = sorted(r.ttft_s for r in trial.load.results[settled:] if r.port == PROXIES["px-0"])
         trial.figures["TTFT p90 with a late Redis"] = percentile(ttft_s, 90)
         await trial.healed()
@@ -250,18 +252,27 @@ async def away(registry: Registry) -> bool:
     return all(report.breaker == "open" for report in reports.values())
 
 
-async def streams_on(registry: Registry, host: str, rid: str) -> int:
-    """Count what the proxy of `host` has on a replica."""
+def least_used_host(trial: Trial) -> tuple[str, set[str]]:
+    """Choose a host that has few of the replicas; gives its name and theirs."""
+    by_host = {replica.host: set[str]() for replica in trial.before.values()}
+    for replica in trial.before.values():
+        by_host[replica.host].add(replica.rid)
+    assert len(by_host) > 1, by_host
+    return min(by_host.items(), key=lambda item: len(item[1]))
+
+
+async def streams_on(registry: Registry, host: str, rids: set[str]) -> int:
+    """Count what the proxy of `host` has on some replicas."""
     report = (await reports_of(registry))[host]
-    return sum(live.rid == rid for live in report.requests.get(MODEL, {}).values())
+    return sum(live.rid in rids for live in report.requests.get(MODEL, {}).values())
 
 
-async def avoided(trial: Trial, rid: str, cut_s: float) -> bool:
-    """Tell whether the cut-off proxy has nothing on a replica that is older than the cut."""
+async def avoided(trial: Trial, rids: set[str], cut_s: float) -> bool:
+    """Tell whether the cut-off proxy has nothing on these replicas that is older than the cut."""
     report = (await reports_of(trial.registry))["px-0"]
     since_ms = (time.monotonic() - cut_s) * 1000
     return not any(
-        live.rid == rid and live.age_ms > since_ms
+        live.rid in rids and live.age_ms > since_ms
         for live in report.requests.get(MODEL, {}).values()
     )
 
