@@ -1,8 +1,8 @@
 """Partitions between real hosts under load: silent, one way and both ways, and links that are bad.
 
 Where coordination is cut off, no request may notice. Where a replica is cut off from a proxy,
-requests and streams may lose the time it takes to notice, and nothing else. After healing, within ten seconds,
-everybody agrees again.
+requests and streams may lose the time it takes to notice, and nothing else. Within ten seconds of
+healing everybody agrees again.
 """
 
 import time
