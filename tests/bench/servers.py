@@ -123,7 +123,7 @@ def redmesh(name: str, failover: StreamFailover) -> Start:
             log=str(site.folder / f"{name}.log"),
             log_level="warning",
         ) as running:
-            await wait_until(lambda: running.serves(name), timeout_s=30, what=f"{name} serves")
+            await wait_until(lambda: running.serves(name), timeout_s=60, what=f"{name} serves")
             yield Server(name, running.port, running.pid, name, reserved)
 
     return start

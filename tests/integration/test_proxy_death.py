@@ -102,7 +102,7 @@ async def running(redis_url: str, folder: Path, proxies: int) -> AsyncGenerator[
             for log in logs
         ]
         for each in started:
-            await wait_until(lambda each=each: each.serves(MODEL), timeout_s=20, what="it serves")
+            await wait_until(lambda each=each: each.serves(MODEL), timeout_s=60, what="it serves")
         yield Site(registry, started, engines)
 
 

@@ -128,7 +128,7 @@ async def simengine(model: str, *args: str) -> AsyncGenerator[str]:
                 except httpx.HTTPError:
                     return False
 
-            await wait_until(answers, what="the simulated engine listens")
+            await wait_until(answers, timeout_s=60, what="the simulated engine listens")
         yield url
     finally:
         process.kill()
