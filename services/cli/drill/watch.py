@@ -43,7 +43,7 @@ class Watch:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncGenerator[None]:
         """Watch while the block runs."""
-        # Told by a flag and not by cancelling: before Python 3.12 a library that just got its answer
+        # Told by a flag, not by cancelling: before Python 3.12 a library that just got its answer
         # may swallow a cancellation, and a look is short in any case.
         async with asyncio.TaskGroup() as group:
             group.create_task(self._look())
