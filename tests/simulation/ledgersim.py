@@ -134,7 +134,7 @@ class Proxy:
         async with asyncio.TaskGroup() as requests:
             while self.loading:
                 await asyncio.sleep(pick.expovariate(self._sim.rate))
-                for _ in range(pick.choice((1, 1, 1, 1, 2, 12))):
+                for _ in range(pick.choice((1, 1, 1, 1, 2, 12)) if self.loading else 0):
                     requests.create_task(self._request(fleet))
 
     async def _request(self, fleet: Fleet) -> None:
@@ -322,12 +322,19 @@ class LedgerSim(Watch):
         leases = self._leases(proxy.name)
         if served is None:
             return None
-        reservations = served.reservations
-        repair = reservations.live.compare(leases, reservations.unsettled)
-        if not repair.adopt and not repair.release:
-            return None
-        adopt = [(request, each.rid, each.cost_tokens) for request, each in repair.adopt]
-        return f"{proxy.name}: lacks or has wrong {adopt}, has too much {repair.release}"
+        # Compared here, not by the proxy's own code: an error in that must not hide itself.
+        under_way = served.reservations.unsettled
+        live = {
+            request: (holding.rid, holding.cost_tokens)
+            for request, holding in served.reservations.live.items()
+        }
+        held = {request: (lease.rid, lease.cost_tokens) for request, lease in leases.items()}
+        wrong = {
+            request: (held.get(request), live.get(request))
+            for request in live.keys() | held.keys()
+            if live.get(request) != held.get(request) and request not in under_way
+        }
+        return f"{proxy.name}: request: (ledger, live): {wrong}" if wrong else None
 
     def _leases(self, proxy: str) -> Mapping[str, Lease]:
         leases: dict[str, Lease] = {}
