@@ -181,6 +181,7 @@ async def test_the_reply_carries_the_routing_version(door: Registry) -> None:
 
 async def test_beat(door: Registry) -> None:
     """The first beat finds the proxy unknown, the next known; waiting requests are added up."""
+    await make_ready(door, await lead(door), "r0")
     first = await door.ledger.beat(MODEL, "p1", 3)
     second = await door.ledger.beat(MODEL, "p2", 4)
     third = await door.ledger.beat(MODEL, "p1", 0)
@@ -225,6 +226,7 @@ async def test_reaped_proxy_comes_back(door: Registry) -> None:
 
 async def test_clock_that_went_back(door: Registry) -> None:
     """A beat from the future (Redis' clock went back) is taken for now, and can be silent again."""
+    await make_ready(door, await lead(door), "r0")
     await door.ledger.beat(MODEL, "p1")
     await age(door, "p1", -3_600_000)
     assert (await door.ledger.beat(MODEL, "p2")).silent == 1
