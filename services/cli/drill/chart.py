@@ -61,7 +61,8 @@ def chart(
 def axis(lines: Sequence[Line], length_s: float) -> str:
     """Draw the names of the marks, in rows so that none covers another."""
     rows: list[float] = []
-    parts: list[str] = []
+    strokes: list[str] = []
+    names: list[str] = []
     for line in sorted(lines, key=lambda each: each.at_s):
         x = _x(line.at_s, length_s)
         text = f"{line.text} ({line.at_s:.1f} s)"
@@ -72,14 +73,16 @@ def axis(lines: Sequence[Line], length_s: float) -> str:
         rows[row:] = [*([max(x, start + wide)]), *rows[row + 1 :]]
         anchor = "end" if left else "start"
         y = 14 + 18 * row
-        parts.append(
+        strokes.append(
+            f'<line class="mark {line.kind}" x1="{x:.1f}" x2="{x:.1f}" y1="{y - 11}" y2="100%"/>'
+        )
+        names.append(
             f'<text class="name {line.kind}" x="{x + (-4 if left else 4):.1f}" y="{y}" '
             f'text-anchor="{anchor}">{escape(text)}</text>'
-            f'<line class="mark {line.kind}" x1="{x:.1f}" x2="{x:.1f}" y1="{y - 11}" '
-            'y2="100%"/>'
         )
     height = 8 + 18 * max(1, len(rows))
-    return f'<svg viewBox="0 0 {WIDTH} {height}">' + "".join(parts) + "</svg>"
+    drawn = "".join([*strokes, *names])  # names last, so that no line runs through one
+    return f'<svg viewBox="0 0 {WIDTH} {height}">{drawn}</svg>'
 
 
 def nice(value: float) -> float:

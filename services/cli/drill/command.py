@@ -10,7 +10,7 @@ import click
 import msgspec
 
 from services.cli.drill import options, page, production, told
-from services.cli.drill.catalogue import DRILLS, Drill, budget_of, find
+from services.cli.drill.catalogue import DRILLS, Drill, Fault, budget_of, find
 from services.cli.drill.choosing import Means, Via, choose
 from services.cli.drill.rehearsal import Rehearsal
 from services.cli.drill.report import Report
@@ -164,7 +164,11 @@ async def _run(session: Session, wanted: Wanted, *, yes: bool) -> Report:
             rehearsal = Rehearsal(
                 wanted.drill, scene, injection, budget, wanted.load, (calm, fast), show.say
             )
-            return await rehearsal.run()
+            wishes = await production.read_wishes(calm)
+            report = await rehearsal.run()
+            if wanted.drill.fault is Fault.REDIS_EMPTY:
+                await production.give_back(calm, wishes)
+            return report
 
 
 def _folder(session: Session, drill: Drill) -> Path:

@@ -48,7 +48,8 @@ svg .grid { stroke: var(--line); }
 svg .felt { fill: #fde8e8; }
 svg .mark { stroke-width: 2; } svg .mark.fault { stroke: var(--bad); }
 svg .mark.heal { stroke: var(--warn); } svg .mark.recovered { stroke: var(--good); }
-svg .name { font-weight: 600; } svg .name.fault { fill: var(--bad); }
+svg .name { font-weight: 600; paint-order: stroke; stroke: #fff; stroke-width: 4px; }
+svg .name.fault { fill: var(--bad); }
 svg .name.heal { fill: var(--warn); } svg .name.recovered { fill: var(--good); }
 svg rect.good { fill: #5cb592; } svg rect.bad { fill: var(--bad); }
 svg polyline { fill: none; stroke-width: 2; } svg polygon.under { stroke: none; opacity: .14; }

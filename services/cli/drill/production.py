@@ -1,12 +1,14 @@
 """`redmesh production`: mark a fleet on which real users depend, so that drills ask twice."""
 
 import click
+import msgspec
 
 from services.cli.declaring import author
 from services.cli.session import Session, common_options
 from shared.errors import InvalidInputError
 from shared.models.drill import Production
 from shared.models.event import Event
+from shared.models.host import Hold
 from shared.registry import Registry
 
 
@@ -39,6 +41,28 @@ def production_command(session: Session, *, state: str | None, note: str) -> int
         return 0
 
     return session.run(act)
+
+
+class Wishes(msgspec.Struct, frozen=True, kw_only=True):
+    """What operators wish that nobody in the fleet remembers when Redis has lost its data."""
+
+    mark: Production | None
+    holds: dict[str, Hold]
+
+
+async def read_wishes(registry: Registry) -> Wishes:
+    """Read the mark of production, cordons and drains."""
+    return Wishes(mark=await registry.drills.production(), holds=dict(await registry.fleet.holds()))
+
+
+async def give_back(registry: Registry, wishes: Wishes) -> None:
+    """Write again what is missing; what was set meanwhile stays."""
+    there = await read_wishes(registry)
+    if wishes.mark is not None and there.mark is None:
+        await registry.drills.mark_production(wishes.mark)
+    for subject, hold in wishes.holds.items():
+        if subject not in there.holds:
+            await registry.fleet.put_hold(hold)
 
 
 def told(mark: Production) -> str:

@@ -9,7 +9,7 @@ import contextlib
 import datetime as dt
 import importlib.metadata
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Final
 
 from services.cli import auditing
@@ -80,8 +80,13 @@ class Rehearsal:
         self._exact_s: float | None = None
 
     async def run(self) -> Report:
-        """Do it; the fault is ended whatever happens."""
-        began_ms = await self._calm.replicas.server_time_ms()
+        """Do it; the fault is ended whatever happens. Raises what an injector refuses."""
+        try:
+            return await self._run()
+        except BaseExceptionGroup as group:
+            raise _first(group) from group
+
+    async def _run(self) -> Report:
         if not self._wish.live:
             self._tell("asking each prompt once, without disturbance")
             await self._load.rehearse()
@@ -266,7 +271,6 @@ class Rehearsal:
         ):
             if at_s is not None:
                 self._mark(at_s, kind, text)
-        counts = scene.counts
         return Report(
             drill=drill.name,
             what=drill.what,
@@ -274,8 +278,7 @@ class Rehearsal:
             recovery=drill.recovery.value,
             struck=self._injection.told,
             model=scene.model,
-            mesh=f"{len(scene.replicas)} replicas of {scene.model}, "
-            + ", ".join(_counted(count, kind) for kind, count in counts.items()),
+            mesh=scene.told(),
             load=self._wish.told(),
             version=importlib.metadata.version("redmesh"),
             started=self._started.isoformat(timespec="seconds"),
@@ -288,7 +291,7 @@ class Rehearsal:
         )
 
 
-def _counted(count: int, kind: MemberKind) -> str:
-    if count == 1:
-        return f"1 {kind}"
-    return f"{count} {'proxies' if kind is MemberKind.PROXY else f'{kind}s'}"
+def _first(error: BaseException) -> BaseException:
+    """Give what a person is to read: load and watch are task groups, which wrap errors."""
+    nested: Sequence[BaseException] = getattr(error, "exceptions", ())
+    return _first(nested[0]) if nested else error

@@ -8,6 +8,7 @@ it is made primary. A rolling upgrade is no more than a new revision, declared.
 import asyncio
 import contextlib
 import secrets
+import time
 from typing import Final
 
 import msgspec
@@ -69,15 +70,18 @@ async def _wished(registry: Registry, host: str, wish: DrillWish) -> None:
     since_id = newest[-1].id if newest else "0"
     if not await registry.drills.wish(host, wish):
         raise InvalidInputError(f"another drill is waiting for the agent of {host}: try again")
-    async with asyncio.timeout(WISH_TTL_MS / 1000 + 1.0):
-        while True:
-            for event in await registry.fleet.events(200, since_id):
-                if event.subject != f"drill/{wish.id}":
-                    continue
-                if event.kind == "DrillRefused":
-                    raise InvalidInputError(f"the agent of {host} refused: {event.message}")
-                return
-            await asyncio.sleep(_POLL_S)
+    until_s = time.monotonic() + WISH_TTL_MS / 1000 + 1.0
+    while time.monotonic() < until_s:
+        for event in await registry.fleet.events(200, since_id):
+            if event.subject != f"drill/{wish.id}":
+                continue
+            if event.kind == "DrillRefused":
+                raise InvalidInputError(f"the agent of {host} refused: {event.message}")
+            return
+        await asyncio.sleep(_POLL_S)
+    raise InvalidInputError(
+        f"the agent of {host} did not take the drill's wish: look at `redmesh get hosts`"
+    )
 
 
 async def by_redis(drill: Drill, registry: Registry, hold_s: float) -> Injection:

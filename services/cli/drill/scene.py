@@ -49,6 +49,14 @@ class Scene(msgspec.Struct, frozen=True, kw_only=True):
         """Count the members of each kind."""
         return {kind: len(self.of(kind)) for kind in MemberKind}
 
+    def told(self) -> str:
+        """Say how large it is."""
+        parts = [f"{len(self.replicas)} replicas of {self.model}"]
+        for kind, count in self.counts.items():
+            several = "proxies" if kind is MemberKind.PROXY else f"{kind}s"
+            parts.append(f"{count} {kind if count == 1 else several}")
+        return ", ".join(parts)
+
     def facts(self) -> Facts:
         """Give what budgets depend on."""
         spec = self.deployment.spec

@@ -38,7 +38,8 @@ class PretendedMesh:
     def __init__(self, settings: CommonSettings, *, flaw: str = "") -> None:
         self._settings = settings
         self._flaw = flaw
-        """`cut`: streams end early once a replica was struck. `short`: a replica is missing."""
+        """`cut`: streams end early once a replica was struck. `short`: a replica is missing.
+        `refuse`: the agent carries out nothing."""
         self._ready = threading.Event()
         self._over = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
@@ -119,6 +120,11 @@ class PretendedMesh:
     async def _carry_out(self, registry: Registry) -> None:
         wish = await registry.drills.take(HOST)
         if wish is None:
+            return
+        if self._flaw == "refuse":
+            await registry.fleet.emit(
+                Event(kind="DrillRefused", subject=f"drill/{wish.id}", message="not today")
+            )
             return
         self._struck = True
         steps = {

@@ -260,5 +260,5 @@ def test_budgets_are_the_promises() -> None:
     assert budgets[Fault.LEADER_KILL].recover_s == budgets[Fault.LEADER_FREEZE].recover_s == 7.5
     assert budgets[Fault.REDIS_FAILOVER].recover_s == 2.0
     assert all(each.drift_s == 10.0 for each in budgets.values())
-    assert budgets[Fault.CUT_PROXY_REPLICA].recover_s == 8.0
+    assert budgets[Fault.CUT_PROXY_REPLICA].recover_s == 17.0
     assert budgets[Fault.ROLL].recover_s == 90.0

@@ -5,10 +5,14 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
-from services.cli.drill import rehearsal
+from services.cli.drill import production, rehearsal
 from services.cli.main import main
+from shared.models.drill import Production
+from shared.models.host import Hold
+from shared.registry import Registry
 from shared.secret import Secret
 from shared.settings import CommonSettings
 from tests.support.servers import RedisServer, Servers
@@ -98,6 +102,17 @@ def test_a_broken_stream_misses_the_budget(run: Run, settings: CommonSettings) -
         assert "MISSED" in out
 
 
+def test_what_an_agent_refuses_is_one_message(
+    run: Run, settings: CommonSettings, tmp_path: Path
+) -> None:
+    """A refusal in the middle of the load ends the drill with exit code 2 and its reason."""
+    with PretendedMesh(settings, flaw="refuse"):
+        code, out, err = run("replica-kill")
+    assert (code, out) == (2, "")
+    assert "refused: not today" in err
+    assert "Traceback" not in err
+
+
 def test_live_traffic_is_watched_and_not_driven(
     run: Run, settings: CommonSettings, tmp_path: Path
 ) -> None:
@@ -160,6 +175,23 @@ def test_production_asks_for_yes(run: Run, settings: CommonSettings, capsys: Cap
         assert run("redis-disconnect", "--yes")[0] == 0
         assert main(["production", "off"]) == 0
         assert "not marked" in capsys.readouterr().out
+
+
+async def test_what_only_redis_knew_is_given_back(registry: Registry) -> None:
+    """Mark and holds that an emptied Redis lost are written again; later ones stay."""
+    mark = Production(since_ms=1, by="op")
+    hold = Hold(subject="host:h", drain=True, since_ms=1)
+    await registry.drills.mark_production(mark)
+    await registry.fleet.put_hold(hold)
+    kept = await production.read_wishes(registry)
+    await registry.connection.command("DEL", registry.keys.fleet.production)
+    await registry.fleet.put_hold(msgspec.structs.replace(hold, since_ms=2))
+    await production.give_back(registry, kept)
+    assert await registry.drills.production() == mark
+    assert (await registry.fleet.holds())["host:h"].since_ms == 2
+    await registry.connection.command("DEL", registry.keys.fleet.holds)
+    await production.give_back(registry, kept)
+    assert dict(await registry.fleet.holds()) == {"host:h": hold}
 
 
 def test_a_mesh_that_is_not_whole_is_no_place_for_a_drill(
