@@ -27,6 +27,8 @@ HOT_CONNECT_TIMEOUT_S: Final = 0.5
 TIMEOUT_S: Final = 2.0
 HOT_CONNECTIONS: Final = 8
 CONNECTIONS: Final = 16
+ASK_S: Final = 0.5
+"""How often Sentinels are asked whether the primary is still the one we know."""
 NODE_CONNECTIONS: Final = 256
 """To one node of a cluster. The library's cluster client refuses what exceeds its limit instead of
 letting it wait, so the limit is one that our own limits on calls under way never reach."""
@@ -116,14 +118,45 @@ def _sentinel(address: Address, options: dict[str, Any], timeout_s: float) -> re
 class _SentinelPool(  # pyright: ignore[reportIncompatibleMethodOverride] - of the library's own two
     redis.asyncio.sentinel.SentinelConnectionPool, redis.asyncio.BlockingConnectionPool
 ):
-    """Asks Sentinels for the primary, and lets callers wait for a free connection."""
+    """Follows the primary that Sentinels name, and lets callers wait for a free connection.
+
+    A primary that was replaced on demand takes writes for some ten seconds more, until a Sentinel
+    turns it into a replica; all of them are lost. So the Sentinels are asked again and again while
+    the pool is used, beside the calls, and connections to anything else are given up.
+    """
 
     sentinel_manager: redis.asyncio.sentinel.Sentinel
+    master_address: tuple[str, int] | None
+    _asked_s: float = 0.0
+    _asking: asyncio.Task[None] | None = None
+
+    async def get_connection(self, *args: Any, **options: Any) -> Any:  # noqa: ANN401 - as the library has it
+        """Give a free connection to the primary."""
+        loop = asyncio.get_running_loop()
+        if loop.time() - self._asked_s >= ASK_S and (self._asking is None or self._asking.done()):
+            self._asked_s = loop.time()
+            self._asking = loop.create_task(self._follow())
+        pool = cast("Any", super())  # its arguments are not typed
+        return await pool.get_connection(*args, **options)
 
     async def aclose(self) -> None:
         """Close the connections to the primary, and those to the Sentinels."""
+        if self._asking is not None:
+            self._asking.cancel()
+            await asyncio.gather(self._asking, return_exceptions=True)
         await super().aclose()
         await self.sentinel_manager.aclose()
+
+    async def _follow(self) -> None:
+        before = self.master_address
+        try:
+            # This closes idle connections if it is another.
+            now = cast("tuple[str, int]", await cast("Any", self).get_master_address())
+        except (redis.exceptions.RedisError, OSError):
+            return  # who needs a connection will say so
+        if before is not None and now != before:
+            for connection in cast("set[Any]", self._in_use_connections):
+                connection.mark_for_reconnect()
 
 
 class PasswordFile(CredentialProvider):

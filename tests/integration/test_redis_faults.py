@@ -168,7 +168,7 @@ async def test_failover_to_a_lagging_replica(world: World, mesh: Mesh) -> None:
         await trial.goes_away()
         await off(world.spare.follow, None)
         await off(lambda: world.link.lead_to(world.spare.port, cut=True))
-        await trial.is_back()
+        await trial.is_back(world.spare)
         await trial.heals(ledger_bound_s=FAILOVER_BOUND_S)
     world.swap()
     await off(world.spare.forget)
@@ -185,7 +185,7 @@ async def test_planned_failover_leaves_the_old_primary_as_a_replica(
         await off(world.spare.follow, None)
         await off(lambda: world.link.lead_to(world.spare.port, cut=False))
         await off(world.primary.follow, world.spare.port)
-        await trial.is_back()
+        await trial.is_back(world.spare)
         await trial.heals(ledger_bound_s=FAILOVER_BOUND_S)
         old = await asyncio.to_thread(world.primary.command, "CLIENT", "LIST", "TYPE", "NORMAL")
         # Only a subscription to the routes may still be there until its next PING finds out.

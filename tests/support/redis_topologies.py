@@ -118,6 +118,12 @@ class Sentinels:
         port = int(address[1]) if address else 0
         return next(node for node in self.nodes if node.port == port)
 
+    def agree(self, server: Server) -> bool:
+        """Tell whether every Sentinel names `server` as the primary."""
+        command = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", SERVICE)
+        answers = [self.ask(number, *command) for number in range(len(self.ports))]
+        return all(answer and int(answer[1]) == server.port for answer in answers)
+
     def kill(self) -> None:
         """End everything."""
         for process in self._processes:

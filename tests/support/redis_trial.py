@@ -16,7 +16,9 @@ import msgspec
 
 from shared.models.replica import Replica
 from shared.registry import Registry
+from shared.registry.keys import Keys
 from tests.support.mesh import Mesh, ready_replicas
+from tests.support.redis_topologies import Server
 from tests.support.streams import Load, Report, percentile
 from tests.support.waiting import wait_until
 
@@ -59,6 +61,8 @@ class Trial:
         self._http = http
         self._returned_s = 0.0
         self._batches: list[float] = []
+        self._primary: Server | None = None
+        self._leases: dict[str, set[bytes]] = {}
 
     async def choices(self) -> Choices:
         """Read from all proxies how choosing went so far."""
@@ -107,9 +111,14 @@ class Trial:
         assert during.count > 0, "nobody asked for anything"
         assert during.mean_s < ADDED_BOUND_S, self.figures
 
-    async def is_back(self) -> None:
-        """Note that Redis answers again; the clock of the bounds starts here."""
+    async def is_back(self, primary: Server | None = None) -> None:
+        """Note that Redis answers again; the clock of the bounds starts here.
+
+        With `primary` the reservations that count are those made there, and not at another.
+        """
         self._returned_s = time.monotonic()
+        self._primary = primary
+        self._leases = await asyncio.to_thread(self._reserved) if primary else {}
         self._batches = [values.get(_BATCHES, 0) for values in await self._metrics()]
 
     async def reserves(self) -> bool:
@@ -119,7 +128,18 @@ class Trial:
             values.get(_BATCHES, 0) >= before + 2
             for values, before in zip(now, self._batches, strict=True)
         ]
-        return all(used) and not any(values.get("redmesh_proxy_ledger_away") for values in now)
+        if not all(used) or any(values.get("redmesh_proxy_ledger_away") for values in now):
+            return False
+        leases = await asyncio.to_thread(self._reserved)
+        return all(leases[proxy] - self._leases.get(proxy, set()) for proxy in leases)
+
+    def _reserved(self) -> dict[str, set[bytes]]:
+        """Read which requests hold reservations at the primary, by proxy."""
+        if self._primary is None:
+            return {}
+        keys = Keys().model(self._model)
+        proxies = [name.decode() for name in self._primary.command("ZRANGE", keys.px, 0, -1)]
+        return {proxy: set(self._primary.command("HKEYS", keys.lease(proxy))) for proxy in proxies}
 
     async def within(
         self, bound_s: float, what: str, predicate: Callable[[], Awaitable[object] | object]
