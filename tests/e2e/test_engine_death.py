@@ -10,7 +10,6 @@ import pytest
 
 from tests.support.mesh import Mesh, ready_replicas
 from tests.support.streams import Load
-from tests.support.verdicts import Outcome
 from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.engine, pytest.mark.mesh, pytest.mark.timeout(420)]
@@ -21,7 +20,7 @@ TOKENS = 300
 
 @pytest.mark.parametrize("core", [False, True], ids=["api-process", "engine-core"])
 async def test_a_killed_engine_is_replaced_and_traffic_goes_on(mesh: Mesh, core: bool) -> None:  # noqa: FBT001 - a parameter of the test
-    """No request is lost before its first byte, the rest of the engine goes, a new one comes."""
+    """No request is lost, streams go on elsewhere, the rest of the engine goes, a new one comes."""
     async with mesh.registry() as registry:
         before = await ready_replicas(registry, "demo")
         assert len(before) == 2
@@ -59,9 +58,7 @@ async def test_a_killed_engine_is_replaced_and_traffic_goes_on(mesh: Mesh, core:
             await wait_until(lambda: load.good >= aim, timeout_s=60, what="traffic goes on")
         report = load.report()
         print(f"\n{report}")  # noqa: T201 - figures for the reader
-        assert (report.lost, report.retried) == (0, 0)
-        assert set(report.broken) == {Outcome.ERROR_EVENT}
-        assert sum(report.broken.values()) <= USERS
+        assert (report.ok, report.retried) == (report.count, 0)
         await wait_until(
             lambda: not any(process.is_running() for process in tree),
             timeout_s=30,

@@ -209,7 +209,7 @@ async def test_a_killed_agent_adopts_its_engines_when_it_is_back(running: Mesh) 
 
 
 async def test_a_killed_replica_is_replaced(running: Mesh) -> None:
-    """Out of routing in a second; begun streams get an error event, others another replica."""
+    """Out of routing in a second; no request is lost, and every begun stream goes on elsewhere."""
     async with under_load(running) as trial:
         victim = next(iter(trial.before.values()))
         trial.strike(victim.pid)
@@ -224,10 +224,7 @@ async def test_a_killed_replica_is_replaced(running: Mesh) -> None:
         await trial.audit_clean()
         await trial.within(15.0, "replaced", replaced)
     report = trial.report()
-    assert report.lost == 0
-    assert report.retried == 0
-    assert set(report.broken) == {Outcome.ERROR_EVENT}
-    assert sum(report.broken.values()) <= USERS
+    assert (report.ok, report.retried) == (report.count, 0)
     events = await trial_events(running, victim.rid)
     # An agent that was started again adopted its engines: their exit status is not told to it.
     assert any("SIGKILL" in each or "another parent" in each for each in events), events

@@ -64,7 +64,8 @@ def same(got: Answer, wanted: Answer) -> None:
     assert len(got.identities) == 1
     assert got.done
     for field in ("text", "ids", "logprobs", "offsets", "finish", "usage", "roles"):
-        assert getattr(got, field) == getattr(wanted, field), field
+        one, other = getattr(got, field), getattr(wanted, field)
+        assert one == other, f"{field}: {one} instead of {other}"
 
 
 def blank(body: bytes) -> list[Any]:

@@ -17,7 +17,7 @@ from typing import Final, cast
 
 import msgspec
 
-from tests.support.verdicts import Outcome, dechunked, judge
+from tests.support.verdicts import Outcome, dechunked, judge, text_of
 
 _END_OF_CHUNKS: Final = b"\r\n0\r\n\r\n"
 _RETRY_PAUSE_S: Final = 0.1
@@ -118,6 +118,8 @@ class Load:
         self._patience_s = patience_s
         self._idle: dict[int, list[_Connection]] = defaultdict(list)
         self._results: list[Result] = []
+        self._texts: dict[int, int] = {}
+        """User → hash of the text of its answers."""
         self._cpu_s = time.process_time()
         self.reads = 0
         """Times that a part of an answer arrived."""
@@ -264,7 +266,7 @@ class Load:
             if connection is not None:
                 connection.close()
             raise
-        outcome, detail = judge(connection.status, connection.body, self._max_tokens)
+        outcome, detail = self._judge(user, connection)
         if connection.lost is not None:
             detail = f"{detail}: {connection.lost!r}"
         if connection.reusable:
@@ -272,6 +274,16 @@ class Load:
         else:
             connection.close()
         return connection, outcome, detail
+
+    def _judge(self, user: int, connection: "_Connection") -> tuple[Outcome, str]:
+        body = connection.body
+        outcome, detail = judge(connection.status, body, self._max_tokens)
+        if outcome is Outcome.OK and body is not None:
+            # Greedy and each time the same question: whatever happens, there is one answer.
+            text = text_of(body)
+            if self._texts.setdefault(user, hash(text)) != hash(text):
+                return Outcome.DIFFERENT, f"not as before: {text[:200]!r}"
+        return outcome, detail
 
     async def _connection(self, port: int) -> "_Connection":
         idle = self._idle[port]
@@ -286,7 +298,7 @@ class Load:
 
     def _request(self, user: int) -> bytes:
         body = (
-            b'{"model":"%b","stream":true,"max_tokens":%d,"ignore_eos":true,'
+            b'{"model":"%b","stream":true,"max_tokens":%d,"ignore_eos":true,"temperature":0,'
             b'"stream_options":{"include_usage":true},'
             b'"messages":[{"role":"user","content":"User %d asks what a mesh is."}]}'
             % (self._model.encode(), self._max_tokens, user)

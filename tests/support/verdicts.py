@@ -25,6 +25,8 @@ class Outcome(StrEnum):
     """A well-formed stream whose last event is an error object of OpenAI's shape."""
     TRUNCATED = "truncated"
     """A clean end without all that a success must have: the one thing that must never be seen."""
+    DIFFERENT = "different"
+    """A whole answer with another text than the same user's earlier ones."""
     MALFORMED = "malformed"
     """Something that is not chunked SSE of JSON events."""
     TIMEOUT = "timeout"
@@ -54,7 +56,12 @@ class _Usage(msgspec.Struct, frozen=True):
     completion_tokens: int = 0
 
 
+class _Delta(msgspec.Struct, frozen=True):
+    content: str | None = None
+
+
 class _Choice(msgspec.Struct, frozen=True):
+    delta: _Delta = _Delta()
     finish_reason: str | None = None
 
 
@@ -88,6 +95,15 @@ def judge(status: int, body: bytes | None, tokens: int) -> tuple[Outcome, str]:
     except msgspec.MsgspecError as error:
         return Outcome.MALFORMED, f"{error}: {body[-200:].decode(errors='replace')}"
     return _judge_events(events, done=done, tokens=tokens)
+
+
+def text_of(body: bytes) -> str:
+    """Join the text of a chat stream that was judged to be good."""
+    return "".join(
+        choice.delta.content or ""
+        for line in body.split(b"\n\n")[:-2]
+        for choice in _EVENT.decode(line[6:]).choices
+    )
 
 
 def _judge_events(events: Sequence[_Event], *, done: bool, tokens: int) -> tuple[Outcome, str]:

@@ -1,0 +1,234 @@
+"""Streams of real vLLM go on from another replica, byte for byte.
+
+Two proofs. A proxy in the test's own loop talks to one engine through two doors, of which the first
+slams after a given event: so every kind of request is cut at many places. And a whole mesh serves
+fifty streams at once while its engines are killed again and again.
+"""
+
+import asyncio
+import functools
+import os
+import signal
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+import httpx
+import psutil
+import pytest
+
+from shared.secret import Secret, replica_api_key
+from tests.support.answers import Answer, read, same
+from tests.support.mesh import Mesh, ready_replicas
+from tests.support.waiting import wait_until
+from tests.unit.proxy.engine import Engine, Exchanged
+from tests.unit.proxy.rig import MODEL, Rig
+
+pytestmark = [pytest.mark.engine, pytest.mark.mesh, pytest.mark.timeout(420)]
+
+CHAT: Final = "/v1/chat/completions"
+COMPLETIONS: Final = "/v1/completions"
+PROMPT: Final = "What happens when a replica dies?"
+TOKENS: Final = 40
+STREAMS: Final = 50
+STORM_S: Final = 60.0
+
+USAGE: Final = {"stream_options": {"include_usage": True}}
+KINDS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
+    "chat": (CHAT, {}),
+    "completion": (COMPLETIONS, USAGE),
+    "usage": (CHAT, USAGE),
+    "running usage": (
+        CHAT,
+        {"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
+    ),
+    "chat logprobs": (CHAT, {"logprobs": True}),
+    "chat top logprobs": (CHAT, {"logprobs": True, "top_logprobs": 2}),
+    "completion logprobs": (COMPLETIONS, {"logprobs": 2}),
+    "ids": (COMPLETIONS, {"return_token_ids": True}),
+    "min_tokens": (CHAT, {"min_tokens": TOKENS - 5, "ignore_eos": False}),
+    "to the end": (CHAT, {"ignore_eos": False, "max_tokens": 100}),
+    "stop": (CHAT, {"stop": ["the stream", "replica"], **USAGE}),
+    "stop shown": (COMPLETIONS, {"stop": ["the "], "include_stop_str_in_output": True}),
+    "repetition": (CHAT, {"repetition_penalty": 1.3}),
+    "frequency": (CHAT, {"frequency_penalty": 1.5}),
+    "presence": (COMPLETIONS, {"presence_penalty": 1.5}),
+    "seed": (CHAT, {"temperature": 1.0, "seed": 11}),
+    "grammar": (CHAT, {"response_format": {"type": "json_object"}, "ignore_eos": False}),
+}
+
+
+@asynccontextmanager
+async def doors(mesh: Mesh) -> AsyncGenerator[tuple[Rig, dict[str, Any]]]:
+    """Give a proxy before one real engine behind two doors, and the first door's orders."""
+    async with mesh.registry() as registry:
+        target = next(iter((await ready_replicas(registry, "demo")).values()))
+    secret = Secret((mesh.state.path / "fleet-secret").read_text().strip())
+    key = replica_api_key(secret, target.rid, target.gen)
+    orders: dict[str, Any] = {"cut_after": 0, "cuts": 0}
+    async with httpx.AsyncClient(
+        base_url=target.url, timeout=60, headers={"authorization": f"Bearer {key}"}
+    ) as client:
+
+        def door(*, slams: bool) -> Callable[[Exchanged], Awaitable[None]]:
+            async def through(exchanged: Exchanged) -> None:
+                async with client.stream("POST", exchanged.path, json=exchanged.json) as answer:
+                    if answer.status_code != 200:
+                        await exchanged.whole(answer.status_code, await answer.aread())
+                        return
+                    await exchanged.begin_stream()
+                    events = 0
+                    async for line in answer.aiter_lines():
+                        if not line:
+                            continue
+                        await exchanged.chunk(f"{line}\n\n".encode())
+                        events += 1
+                        if slams and events == orders["cut_after"]:
+                            orders["cuts"] += 1
+                            exchanged.reset()
+                            return
+                    await exchanged.chunk(b"")
+
+            return through
+
+        async with (
+            Engine(door(slams=True)) as first,
+            Engine(door(slams=False)) as second,
+            Rig(first, second) as rig,
+        ):
+            rig.http.timeout = httpx.Timeout(120)  # an engine's first log probabilities take long
+            yield rig, orders
+
+
+def request(path: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """Make a greedy stream request."""
+    prompt: dict[str, Any] = (
+        {"messages": [{"role": "user", "content": PROMPT}]} if path == CHAT else {"prompt": PROMPT}
+    )
+    asked = {"model": MODEL, "stream": True, "max_tokens": TOKENS, "temperature": 0}
+    return {**asked, "ignore_eos": True, **prompt, **fields}
+
+
+async def check(
+    rig: Rig, orders: dict[str, Any], path: str, asked: dict[str, Any]
+) -> tuple[Answer, int]:
+    """Compare a request's undisturbed answer with cut ones; returns it, and how many were cut."""
+    orders["cut_after"] = 0
+    wanted = read((await rig.http.post(path, json=asked)).content)
+    assert wanted.done, wanted
+    assert wanted.finish, wanted
+    before = orders["cuts"]
+    for cut in (1, 2, 3, 5, 9, 14, 21, 30, 38):
+        orders["cut_after"] = cut
+        same(read((await rig.http.post(path, json=asked)).content), wanted)
+    return wanted, orders["cuts"] - before
+
+
+async def test_every_kind_goes_on_exactly(mesh: Mesh) -> None:
+    """Cut at nine places, each kind of request gives what it gives undisturbed."""
+    async with doors(mesh) as (rig, orders):
+        for kind, (path, fields) in KINDS.items():
+            began_s = time.monotonic()
+            wanted, cuts = await check(rig, orders, path, request(path, fields))
+            took_s = time.monotonic() - began_s
+            print(f"{kind}: {cuts} cuts, {wanted.finish[0]}, {took_s:.1f} s")  # noqa: T201 - figures
+            assert cuts >= 3, kind
+
+
+async def test_cuts_within_characters(mesh: Mesh) -> None:
+    """An answer of characters of two to four bytes goes on without a wrong or a leaked one."""
+    async with doors(mesh) as (rig, orders):
+        signs = "é東京🌊ßñ"
+        found = await rig.http.post("/tokenize", json={"model": MODEL, "prompt": signs})
+        allowed = sorted({*found.json()["tokens"]})
+        for path in (CHAT, COMPLETIONS):
+            for penalty in (1.0, 1.2):
+                fields = {"allowed_token_ids": allowed, "repetition_penalty": penalty, **USAGE}
+                wanted, cuts = await check(rig, orders, path, request(path, fields))
+                print(f"{path}: {cuts} cuts of {wanted.text!r}")  # noqa: T201 - for the reader
+                assert PROMPT not in wanted.text
+                assert cuts == 9
+
+
+async def test_sampled_streams_go_on(mesh: Mesh) -> None:
+    """Without a seed another sample goes on: whole, of the right length, without our prompt."""
+    async with doors(mesh) as (rig, orders):
+        asked = request(CHAT, {"temperature": 1.0, **USAGE})
+        for cut in (3, 9, 21):
+            orders["cut_after"] = cut
+            got = read((await rig.http.post(CHAT, json=asked)).content)
+            assert (got.errors, got.done) == ([], True)
+            assert got.usage["completion_tokens"] == TOKENS
+            assert PROMPT not in got.text
+
+
+async def test_fifty_streams_outlive_their_engines(mesh: Mesh, faq: dict[str, str]) -> None:
+    """Engines are killed for a minute; every stream ends as if nothing had happened."""
+    questions = list(faq)[:STREAMS]
+    async with (
+        mesh.registry() as registry,
+        httpx.AsyncClient(timeout=180, limits=httpx.Limits(max_connections=2 * STREAMS)) as client,
+    ):
+
+        async def ask(number: int) -> Answer:
+            content = {"messages": [{"role": "user", "content": questions[number]}]}
+            asked = {**request(CHAT, USAGE), **content, "max_tokens": 120}
+            url = mesh.urls[number % len(mesh.urls)]
+            return read((await client.post(f"{url}{CHAT}", json=asked)).content)
+
+        wanted = await asyncio.gather(*(ask(number) for number in range(STREAMS)))
+        assert all(answer.finish for answer in wanted)
+        until_s = time.monotonic() + STORM_S
+        done = 0
+
+        async def user(number: int) -> None:
+            nonlocal done
+            while time.monotonic() < until_s:
+                same(await ask(number), wanted[number])
+                done += 1
+
+        kills = 0
+
+        async def kill() -> None:
+            nonlocal kills
+            while time.monotonic() < until_s:
+                ready = await ready_replicas(registry, "demo")
+                if len(ready) >= 2:
+                    victim = psutil.Process(next(iter(ready.values())).pid)
+                    core = kills % 2 == 1
+                    struck = _core(victim) if core else victim
+                    os.kill(struck.pid, signal.SIGKILL)
+                    kills += 1
+                    out = functools.partial(_without, registry, victim.pid)
+                    await wait_until(out, timeout_s=10, what="out of routing")
+                await asyncio.sleep(0.5)
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(kill())
+            for number in range(STREAMS):
+                group.create_task(user(number))
+        print(f"\n{done} streams whole and the same, {kills} engines killed")  # noqa: T201 - figures
+        assert kills >= 2
+        assert done >= STREAMS
+
+        async def restored() -> bool:
+            return len(await ready_replicas(registry, "demo")) == 2
+
+        await wait_until(restored, timeout_s=150, interval_s=0.2, what="replaced")
+    audit = await mesh.ask("audit")
+    assert audit.code == 0, audit
+
+
+async def _without(registry: Any, pid: int) -> bool:  # noqa: ANN401 - the mesh's registry
+    ready = await ready_replicas(registry, "demo")
+    return all(replica.pid != pid for replica in ready.values())
+
+
+def _core(process: psutil.Process) -> psutil.Process:
+    (core,) = (
+        each
+        for each in process.children(recursive=True)
+        if "EngineCore" in " ".join([each.name(), *each.cmdline()])
+    )
+    return core
