@@ -13,6 +13,7 @@ import pytest
 from services.agent.drills import DONE, REFUSED, Drills
 from services.agent.reconcile import EngineView, Phase
 from shared.clock import SystemClock
+from shared.lifecycle import Loops
 from shared.models.deployment import EngineKind
 from shared.models.drill import DrillAct, DrillWish
 from shared.registry import Registry, open_registry
@@ -109,15 +110,13 @@ async def test_what_is_frozen_is_thawed(
     """When its time is over, when it is wished, and when the agent ends."""
     engines = view(engine.pid)
     for hold_s, ending in ((0.4, "time"), (30.0, "wish"), (30.0, "end")):
-        running = asyncio.create_task(
-            Drills(SystemClock(), HOST).run(lambda: registry, lambda: engines)
-        )
-        await registry.drills.wish(HOST, wish(DrillAct.FREEZE, hold_s))
-        await wait_until(lambda: stopped(engine.pid), what="frozen")
-        if ending == "wish":
-            assert await registry.drills.wish(HOST, wish(DrillAct.THAW))
-        elif ending == "end":
-            running.cancel()
+        async with Loops() as loops:
+            drills = Drills(SystemClock(), HOST)
+            loops.start("drills", drills.run(lambda: registry, lambda: engines))
+            await registry.drills.wish(HOST, wish(DrillAct.FREEZE, hold_s))
+            await wait_until(lambda: stopped(engine.pid), what="frozen")
+            if ending == "wish":
+                assert await registry.drills.wish(HOST, wish(DrillAct.THAW))
+            if ending != "end":
+                await wait_until(lambda: not stopped(engine.pid), what=f"thawed by {ending}")
         await wait_until(lambda: not stopped(engine.pid), what=f"thawed by {ending}")
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
