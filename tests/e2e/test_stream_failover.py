@@ -33,6 +33,9 @@ PROMPT: Final = "What happens when a replica dies?"
 TOKENS: Final = 40
 STREAMS: Final = 50
 STORM_S: Final = 60.0
+LONGEST_STORM_S: Final = 180.0
+"""On a slow machine an engine takes a minute to come back, and can be killed again only then."""
+KILLS: Final = 2
 
 USAGE: Final = {"stream_options": {"include_usage": True}}
 KINDS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
@@ -179,20 +182,22 @@ async def test_fifty_streams_outlive_their_engines(mesh: Mesh, faq: dict[str, st
 
         wanted = await asyncio.gather(*(ask(number) for number in range(STREAMS)))
         assert all(answer.finish for answer in wanted)
-        until_s = time.monotonic() + STORM_S
-        done = 0
+        began_s = time.monotonic()
+        done = kills = 0
+
+        def rages() -> bool:
+            past_s = time.monotonic() - began_s
+            return past_s < STORM_S or (kills < KILLS and past_s < LONGEST_STORM_S)
 
         async def user(number: int) -> None:
             nonlocal done
-            while time.monotonic() < until_s:
+            while rages():
                 same(await ask(number), wanted[number])
                 done += 1
 
-        kills = 0
-
         async def kill() -> None:
             nonlocal kills
-            while time.monotonic() < until_s:
+            while rages():
                 ready = await ready_replicas(registry, "demo")
                 if len(ready) >= 2:
                     victim = psutil.Process(next(iter(ready.values())).pid)
@@ -209,7 +214,7 @@ async def test_fifty_streams_outlive_their_engines(mesh: Mesh, faq: dict[str, st
             for number in range(STREAMS):
                 group.create_task(user(number))
         print(f"\n{done} streams whole and the same, {kills} engines killed")  # noqa: T201 - figures
-        assert kills >= 2
+        assert kills >= KILLS
         assert done >= STREAMS
 
         async def restored() -> bool:
