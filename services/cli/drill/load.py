@@ -27,8 +27,6 @@ PROMPTS: Final = (
     "Explain to a child why two machines are better than one.",
     "Tell a short story about a lighthouse and its keeper.",
     "Which steps does a baker take in the morning?",
-    "Describe the sea on a windy day.",
-    "How does one repair a bicycle tyre?",
 )
 PATIENCE_S: Final = 10.0
 """For how long a client looks for a proxy that begins to answer."""
