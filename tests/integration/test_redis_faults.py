@@ -15,11 +15,14 @@ from typing import Final
 import pytest
 from redis.exceptions import OutOfMemoryError
 
+from services.cli.auditing import look
 from services.cli.redisserver import is_free
+from shared.registry import Registry
 from tests.support.mesh import Mesh, sim_model, start, write_models
 from tests.support.redis_link import Link
 from tests.support.redis_topologies import Server
 from tests.support.redis_trial import Trial, under_load
+from tests.support.streams import Load
 from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.mesh, pytest.mark.timeout(240)]
@@ -28,7 +31,7 @@ MODEL: Final = "sim"
 REPLICAS: Final = 3
 PASSWORD: Final = "first-password"
 FAULT_S: Final = 2.0
-AWAY_S: Final = float(os.environ.get("REDMESH_TEST_AWAY_S", "15"))
+AWAY_S: Final = float(os.environ.get("REDMESH_TEST_AWAY_S", "12"))
 """How long Redis stays away in the longest test."""
 FAILOVER_BOUND_S: Final = 2.0
 
@@ -114,18 +117,41 @@ async def test_restart_with_data(world: World, mesh: Mesh) -> None:
 
 async def test_restart_empty(world: World, mesh: Mesh) -> None:
     """Redis comes back empty: deployments, records, orders and reservations are all made anew."""
-    async with under_load(mesh, MODEL, "restart empty") as trial:
+    long = Load(mesh.ports, MODEL, max_tokens=250)
+    async with under_load(mesh, MODEL, "restart empty") as trial, long.users(6, over_s=0.1):
+        await wait_until(lambda: long.streaming == 6, what="long streams run")
         async with mesh.registry() as registry:
             declared = (await registry.fleet.deployments())[MODEL]
+            held = {request for request, _ in await accounts(registry)}
         await off(world.primary.kill)
         await trial.goes_away()
         await off(world.primary.forget)
         await off(world.primary.start)
         await trial.is_back()
+        async with mesh.registry() as registry:
+
+            async def adopted() -> bool:
+                old = [leased for request, leased in await accounts(registry) if request in held]
+                return len(old) >= 6 and all(old)
+
+            await trial.within(4, "running streams reserved again", adopted)
         await rebuilt(mesh, trial)
         await trial.heals()
         async with mesh.registry() as registry:
             assert (await registry.fleet.deployments())[MODEL] == declared
+    assert not long.report().failures, long.report()
+
+
+async def accounts(registry: Registry) -> list[tuple[str, bool]]:
+    """Give every live request of every proxy, and whether the ledger has its reservation."""
+    sample = (await look(registry, None)).get(MODEL)
+    if sample is None:
+        return []
+    return [
+        (request, request in sample.leases.get(proxy, {}))
+        for proxy, live in sample.live.items()
+        for request in live or {}
+    ]
 
 
 async def test_everything_is_deleted_at_once(world: World, mesh: Mesh) -> None:
