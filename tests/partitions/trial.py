@@ -79,17 +79,23 @@ async def under_load(
 ) -> AsyncGenerator[Trial]:
     """Begin with a whole mesh and busy users; end with an empty ledger."""
     async with fleet.registry() as registry:
-        await wait_until(lambda: whole(registry, REPLICAS), timeout_s=40, what="the mesh is whole")
         load = Load(
             tuple(PROXIES.values()), MODEL, max_tokens=tokens, hosts=fleet.addresses, timeout_s=30
         )
         trial = Trial(fleet, registry, load)
-        async with load.users(users, over_s=1.0):
-            await trial.goes_on()
-            trial.before = await ready_replicas(registry, MODEL)
-            yield trial
-            await trial.goes_on()
-        await wait_until(lambda: _empty(registry), what="no reservation is left")
+        try:
+            await wait_until(
+                lambda: whole(registry, REPLICAS), timeout_s=40, what="the mesh is whole"
+            )
+            async with load.users(users, over_s=1.0):
+                await trial.goes_on()
+                trial.before = await ready_replicas(registry, MODEL)
+                yield trial
+                await trial.goes_on()
+            await wait_until(lambda: _empty(registry), what="no reservation is left")
+        except BaseException:
+            print(fleet.logs())  # noqa: T201 - what the processes said, for whom the failure meets
+            raise
 
 
 async def _empty(registry: Registry) -> bool:
