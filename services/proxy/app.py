@@ -14,20 +14,29 @@ from services.proxy.api.health import Readiness, health_routes
 from services.proxy.api.hot import HotRoutes
 from services.proxy.api.listing import model_routes, refused
 from services.proxy.api.paths import ADDRESSED, ROUTES
+from services.proxy.resume.api import PATH, StreamRoutes
+from services.proxy.resume.room import StreamRoom
 from services.proxy.serving import Fleet
 
 _log = structlog.get_logger(__name__)
 
 
 def build_app(
-    fleet: Fleet, *, version: str, ready: Readiness, metrics: Callable[[], bytes]
+    fleet: Fleet,
+    room: StreamRoom,
+    *,
+    version: str,
+    ready: Readiness,
+    metrics: Callable[[], bytes],
 ) -> Litestar:
-    """Build the application around `fleet`."""
-    hot = HotRoutes(fleet)
+    """Build the application around `fleet` and the resumable streams in `room`."""
+    streams = StreamRoutes(room)
+    hot = HotRoutes(fleet, streams)
     app = Litestar(
         route_handlers=[
             *(asgi(route.path, copy_scope=False)(hot.handler(route)) for route in ROUTES),
             asgi(ADDRESSED.rstrip("/"), is_mount=True, copy_scope=False)(hot.addressed_handler()),
+            asgi(PATH.rstrip("/"), is_mount=True, copy_scope=False)(streams.handle),
             *model_routes(fleet),
             *health_routes(ready, metrics),
         ],
@@ -56,6 +65,19 @@ def _document(app: Litestar) -> None:
             tags=["engine"],
             responses=answers,
         )
+    )
+    paths[PATH + "{id}"] = PathItem(
+        get=Operation(
+            summary="Resume a stream that was begun with X-Redmesh-Resumable: 1, after the event "
+            "that Last-Event-ID names",
+            tags=["streams"],
+            responses={"200": OpenAPIResponse(description="The events after that one")},
+        ),
+        delete=Operation(
+            summary="Cancel a resumable stream",
+            tags=["streams"],
+            responses={"204": OpenAPIResponse(description="It is cancelled")},
+        ),
     )
 
 

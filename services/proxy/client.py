@@ -8,11 +8,38 @@ between waits in order.
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from litestar.types import Message
 
 from services.proxy.stepping import Rest, step
+
+
+class Outlet(Protocol):
+    """Where an answer goes: to a client, or to a journal that has readers."""
+
+    @property
+    def started(self) -> bool:
+        """Tell whether the head has been written: there is no way back."""
+        ...
+
+    @property
+    def stalled(self) -> bool:
+        """Tell whether no more should be produced for now."""
+        ...
+
+    @property
+    def ended(self) -> bool:
+        """Tell whether the last byte has been handed over."""
+        ...
+
+    def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        """Write the head of the answer."""
+        ...
+
+    def write(self, body: bytes, *, more: bool) -> None:
+        """Write a piece of the body; the last one with `more` false."""
+        ...
 
 
 class Client:

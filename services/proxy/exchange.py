@@ -16,7 +16,7 @@ from collections.abc import Callable
 import structlog
 
 from services.proxy import refusals
-from services.proxy.admission import hold_s, may_wait, retry_after_s
+from services.proxy.admission import hold_s, may_wait
 from services.proxy.failover import Failover
 from services.proxy.inbound import Inbound
 from services.proxy.phase import Phase
@@ -107,10 +107,13 @@ class Exchange:
         return self._phase is Phase.HELD
 
     def begin(self) -> None:
-        """Start; later arrivals queue behind those who wait already."""
+        """Start, or go on where another proxy was; later arrivals queue behind those who wait."""
         self._served.exchanges.add(self)
         self._served.budget.request()
-        if self._served.room.waiting:
+        if self._relay.started:
+            if self._goes_on("its proxy is gone"):
+                self._reserve()
+        elif self._served.room.waiting:
             self._hold(self._fleet.settings.busy_timeout_s)
         else:
             self._reserve()
@@ -159,7 +162,7 @@ class Exchange:
         if not self._ticket:
             full = not may_wait(room.waiting, self._fleet.settings.max_held_requests)
             if full and not self._relay.started:
-                self._refuse_busy()
+                self._refuse(self._served.full())
                 return
             self._ticket = room.ticket(first=self._relay.started)
             self._held_until_s = min(self._fleet.now_s() + timeout_s, self._deadline_s)
@@ -205,8 +208,7 @@ class Exchange:
         self._send()
 
     def _send(self) -> None:
-        endpoint = self._endpoint
-        if endpoint is None:
+        if (endpoint := self._endpoint) is None:
             return
         connection = None if self._fresh_only else endpoint.take()
         if connection is None:
@@ -315,20 +317,24 @@ class Exchange:
         self._stop_try()
         if self._relay.tape is None:
             self._break(detail)
-            return
+        elif self._goes_on(detail):
+            self._failed(failure, detail)
+
+    def _goes_on(self, detail: str) -> bool:
+        """Prepare to go on with a stream elsewhere; False if it has been ended instead."""
         served = self._served
         spec = served.table.spec
         refused = self._failover.go_on(spec)
         if refused is not None:
             served.metrics.failovers["refused"].inc()
             self._break(f"{detail}; it cannot go on elsewhere: {refused.reason}")
-            return
+            return False
         self._tries = Tries()
         self._ticket = 0
         self._silence_s = spec.inter_byte_timeout_s
         self._deadline_s = self._fleet.now_s() + self._hold_s()
         self._log("stream_interrupted", detail)
-        self._failed(failure, detail)
+        return True
 
     def _failed(self, failure: Failure, detail: str) -> None:
         """End a try of which the client saw nothing."""
@@ -372,20 +378,8 @@ class Exchange:
             self._reserve()
 
     def _give_up(self) -> None:
-        model = self._served.model
-        if self._tries.failure is Failure.REJECTED:
-            self._refuse_busy()
-        elif self._fleet.now_s() >= self._deadline_s:
-            self._refuse(refusals.too_slow(model, self._served.table.spec.request_timeout_s))
-        else:
-            self._refuse(
-                refusals.replica_failed(model, max(1, self._tries.sent), self._tries.detail)
-            )
-
-    def _refuse_busy(self) -> None:
-        served = self._served
-        seconds = retry_after_s(served.room.waiting, served.finished_per_s)
-        self._refuse(refusals.busy(served.model, seconds))
+        overdue = self._fleet.now_s() >= self._deadline_s
+        self._refuse(self._tries.refusal(self._served, overdue=overdue))
 
     def _refuse(self, refusal: Refusal) -> None:
         if self._relay.started:
@@ -461,7 +455,7 @@ class Exchange:
 
     def _waited_in_vain(self, now_s: float) -> None:
         if self._served.table.ready:
-            self._refuse_busy()
+            self._refuse(self._served.full())
         else:
             waited_s = now_s - self._started_s
             self._refuse(refusals.nothing_ready(self._served.model, waited_s))

@@ -85,6 +85,18 @@ class Metrics:
             ("model", "outcome"),
             registry=r,
         )
+        self.resumes = Counter(
+            "redmesh_proxy_stream_resumes",
+            "Resumable streams that a client came back to (followed), and those that this proxy "
+            "took over from another (taken_over).",
+            ("outcome",),
+            registry=r,
+        )
+        self.resumable = Gauge(
+            "redmesh_proxy_resumable_streams",
+            "Resumable streams that this proxy generates now.",
+            registry=r,
+        )
         self.ejections = Counter(
             "redmesh_proxy_ejections", "Replicas ejected locally.", ("model",), registry=r
         )

@@ -14,7 +14,7 @@ from typing import Final
 import msgspec
 
 from services.proxy import refusals
-from services.proxy.client import Client
+from services.proxy.client import Outlet
 from services.proxy.continuation.tape import Tape
 from services.proxy.refusals import Dialect, Refusal
 from services.proxy.retry import ENGINE_DEAD, Failure, classify
@@ -48,7 +48,7 @@ class Relay:
     """Passes an answer through."""
 
     def __init__(
-        self, client: Client, *, request_id: bytes, dialect: Dialect, model: str, path: str
+        self, client: Outlet, *, request_id: bytes, dialect: Dialect, model: str, path: str
     ) -> None:
         self._client = client
         self._request_id = request_id

@@ -17,6 +17,7 @@ from services.proxy.beats import Beats
 from services.proxy.convergence import Convergence
 from services.proxy.metrics import Metrics
 from services.proxy.pool import Endpoints
+from services.proxy.resume.room import StreamRoom
 from services.proxy.server import STOP_S, Server, make_server
 from services.proxy.serving import Fleet
 from services.proxy.settings import ProxySettings
@@ -80,6 +81,7 @@ class Service:
             random=source,
             saw_version=self._convergence.refresh,
         )
+        self._room = StreamRoom(self._fleet, calm.streams)
         self._beats = Beats(
             proxy=proxy, fleet=self._fleet, ledger=hot.ledger, metrics=self._metrics, random=source
         )
@@ -130,7 +132,13 @@ class Service:
     async def run(self, listening: socket.socket, port: int) -> None:
         """Serve until told to stop, then drain."""
         server = make_server(
-            build_app(self._fleet, version=_version(), ready=self.ready, metrics=self._show),
+            build_app(
+                self._fleet,
+                self._room,
+                version=_version(),
+                ready=self.ready,
+                metrics=self._show,
+            ),
             self._settings,
         )
         pages = {
@@ -156,6 +164,7 @@ class Service:
 
     def _show(self) -> bytes:
         self._fleet.collect()
+        self._metrics.resumable.set(len(self._room))
         return prometheus_client.generate_latest(self._metrics.registry)
 
     def _start(self, loops: Loops, server: Server, listening: socket.socket) -> asyncio.Task[None]:
@@ -240,9 +249,11 @@ class Service:
             await asyncio.wait(ends, timeout=half_s, return_when=asyncio.FIRST_COMPLETED)
         if not serving.done():
             _log.warning("drain_overdue", in_flight=self._fleet.in_flight(), told=again.done())
+            await self._room.aclose()
             self._fleet.shut()
             await asyncio.wait({serving}, timeout=STOP_S)
         again.cancel()
+        await self._room.aclose()
         await self._fleet.aclose(deadline_s=LAST_RELEASES_S)
         _log.info(
             "proxy_drained",

@@ -10,10 +10,13 @@ from itertools import count
 from random import Random
 from typing import Final, Protocol
 
+from services.proxy import refusals
+from services.proxy.admission import retry_after_s
 from services.proxy.breaker import RedisBreaker, ReplicaBreaker
 from services.proxy.cost import OutputEstimate
 from services.proxy.metrics import LedgerMetrics, Metrics, ModelMetrics
 from services.proxy.pool import Endpoints
+from services.proxy.refusals import Refusal
 from services.proxy.reservations import BatchLedger, Reservations
 from services.proxy.retry import Budget, Failure
 from services.proxy.settings import ProxySettings
@@ -80,6 +83,10 @@ class Served:
     def busy(self) -> bool:
         """Tell whether a request of this model is alive or being settled."""
         return bool(self.exchanges or len(self.reservations.live) or self.reservations.unsettled)
+
+    def full(self) -> Refusal:
+        """Say to a client that there is no room for its request, and when to come again."""
+        return refusals.busy(self.model, retry_after_s(self.room.waiting, self.finished_per_s))
 
     def ejected_now(self, now_s: float) -> list[str]:
         """Name the READY replicas that are ejected now, and forget those that no longer are."""

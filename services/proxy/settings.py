@@ -49,3 +49,13 @@ class ProxySettings(CommonSettings, frozen=True, kw_only=True):
     drain_timeout_s: float = 60.0
     """Answers in progress get this long to finish on SIGTERM. For half of it who is connected may
     still ask, then gets 503. A second signal ends the wait."""
+    resumable_bytes: int = 4 << 20
+    """Largest journal of a resumable stream in Redis; beyond it the stream goes on, but can no
+    longer be resumed."""
+    resumable_life_s: float = 600.0
+    """A resumable stream can be resumed for this long after its last event."""
+    resumable_orphan_s: float = 60.0
+    """A resumable stream that nobody reads is generated on for this long; resumed later, it goes
+    on from there."""
+    max_resumable_streams: int = 1000
+    """Resumable streams that this proxy writes, and as many that it reads; above it: 429."""

@@ -1,6 +1,6 @@
 """Turning a replica's chat stream into plain text, for `text/plain` requests."""
 
-from services.proxy.client import Client
+from services.proxy.client import Outlet
 from services.proxy.plaintext import TextStream
 from services.proxy.refusals import Dialect, Refusal
 from services.proxy.relay import Relay, Step
@@ -11,7 +11,7 @@ class TextRelay(Relay):
     """Gives the text of a chat stream. An answer that breaks off is cut, never ended cleanly."""
 
     def __init__(
-        self, client: Client, *, request_id: bytes, dialect: Dialect, model: str, path: str
+        self, client: Outlet, *, request_id: bytes, dialect: Dialect, model: str, path: str
     ) -> None:
         super().__init__(client, request_id=request_id, dialect=dialect, model=model, path=path)
         self._text = TextStream()

@@ -1,5 +1,7 @@
 """Where a request has been sent so far, what came of it, and where it may go next."""
 
+from services.proxy import refusals
+from services.proxy.refusals import Refusal
 from services.proxy.retry import CONNECTION_LEVEL, Failure, Situation, Verdict, decide
 from services.proxy.serving import Served
 
@@ -71,6 +73,14 @@ class Tries:
         if verdict is Verdict.LATER and now_s >= self.trouble_s + hold_s:
             return Verdict.GIVE_UP
         return verdict
+
+    def refusal(self, served: Served, *, overdue: bool) -> Refusal:
+        """Say to the client that all tries came to nothing."""
+        if self.failure is Failure.REJECTED:
+            return served.full()
+        if overdue:
+            return refusals.too_slow(served.model, served.table.spec.request_timeout_s)
+        return refusals.replica_failed(served.model, max(1, self.sent), self.detail)
 
 
 def speaks_against(failure: Failure) -> bool:

@@ -1,15 +1,17 @@
 """Every Redis key and channel of redmesh, built here and nowhere else.
 
-All keys of one model share the hash tag `{<model>}` and all keys of the fleet the tag `{ctl}`, so
-that each script's keys live in one slot of a Redis Cluster. Names are checked before they come near
-a key: none can hold a brace. The tables here are what `docs/redis.md` documents; a test keeps them
-alike.
+All keys of one model share the hash tag `{<model>}`, all keys of the fleet the tag `{ctl}`, and
+those of one resumable stream the tag `{s:<id>}`, so that each script's keys live in one slot of a
+Redis Cluster. Names are checked before they come near a key: none can hold a brace. The tables here
+are what `docs/redis.md` documents; a test keeps them alike.
 """
 
+import re
 from collections.abc import Iterable
 from types import MappingProxyType
 from typing import Final
 
+from shared.errors import InvalidInputError
 from shared.ids import check_name
 
 MODEL_KEYS: Final = MappingProxyType(
@@ -52,8 +54,16 @@ FLEET_KEYS: Final = MappingProxyType(
 )
 """Suffix → type of the keys of the fleet."""
 
-EXPIRING_KEYS: Final = frozenset({"{ctl}:leader", "{ctl}:drill:<host>"})
+STREAM_KEYS: Final = MappingProxyType({"meta": "hash", "tokens": "stream"})
+"""Suffix → type of the keys of one resumable stream."""
+
+EXPIRING_KEYS: Final = frozenset(
+    {"{ctl}:leader", "{ctl}:drill:<host>", "{s:<id>}:meta", "{s:<id>}:tokens"}
+)
 """Keys that must have a TTL; no other key has one."""
+
+STREAM_ID: Final = re.compile(r"[0-9a-f]{32}")
+"""The id of a resumable stream, matched in full: 128 bits that nobody guesses."""
 
 PROXY_PART: Final = "lease:<proxy>"
 HOST_PART: Final = "orders:<host>"
@@ -168,6 +178,23 @@ class FleetKeys:
         )
 
 
+class StreamKeys:
+    """The keys of one resumable stream."""
+
+    __slots__ = ("meta", "prefix", "tokens")
+
+    def __init__(self, prefix: str, stream: str) -> None:
+        if not STREAM_ID.fullmatch(stream):
+            raise InvalidInputError("a stream's id has 32 hexadecimal digits", field="stream")
+        self.prefix = f"{prefix}:{{s:{stream}}}:"
+        self.meta = self.prefix + "meta"
+        self.tokens = self.prefix + "tokens"
+
+    def pick(self, suffixes: Iterable[str]) -> tuple[str, ...]:
+        """Name the keys that a script declares, in its order."""
+        return tuple(self.prefix + suffix for suffix in suffixes)
+
+
 class Keys:
     """All keys under one prefix. `routes_pattern` matches every routes channel."""
 
@@ -186,6 +213,10 @@ class Keys:
             keys = ModelKeys(self.prefix, name)
             self._models[name] = keys
         return keys
+
+    def stream(self, stream: str) -> StreamKeys:
+        """Give the keys of a resumable stream; raise `InvalidInputError` for an id that is none."""
+        return StreamKeys(self.prefix, stream)
 
     def routes_channel(self, model: str) -> str:
         """Name the channel on which changes of this model's routes are hinted."""

@@ -13,6 +13,7 @@ from shared.registry.ledger import Ledger
 from shared.registry.replicas import Replicas
 from shared.registry.routes import Routes
 from shared.registry.specs import Specs
+from shared.registry.streams import Streams
 from shared.settings import CommonSettings
 
 
@@ -28,6 +29,7 @@ class Registry(msgspec.Struct, frozen=True, kw_only=True):
     fleet: Fleet
     drills: Drills
     routes: Routes
+    streams: Streams
 
     @classmethod
     def over(cls, connection: Connection, keys: Keys) -> Self:
@@ -42,6 +44,7 @@ class Registry(msgspec.Struct, frozen=True, kw_only=True):
             fleet=Fleet(connection, keys),
             drills=Drills(connection, keys),
             routes=Routes(connection, keys),
+            streams=Streams(connection, keys),
         )
 
     async def aclose(self) -> None:

@@ -20,8 +20,11 @@ from shared.registry.loader import ScriptSpec
 from shared.registry.replicas import ReplicaBeat
 from shared.registry.results import Fence, Refused, Written
 from shared.registry.specs import spec_fields
+from shared.registry.streams import Append, Asked, StreamState, Writer
 
 MODEL = "llama3:8b"
+STREAM = "0123456789abcdef" * 2
+ASKED = Asked(model=MODEL, path="/v1/completions", body=b"{}", request_id="r", owner="0" * 64)
 ROUTING = ModelSpec(model=MODEL, generation=1, desired_replicas=2)
 DEPLOYMENT = Deployment(spec=DeploymentSpec(name=MODEL), generation=1, replicas=2)
 
@@ -151,4 +154,23 @@ async def tour(registry: Registry) -> None:
     )
     await registry.drills.mark_production(Production(since_ms=1, by="op"))
     assert await registry.drills.wish("h1", DrillWish(id="d", rid="r1", gen=7, act=DrillAct.KILL))
+    await streams_tour(registry)
     await registry.leadership.resign("c2")
+
+
+def writer(proxy: str = "p1", epoch: int = 1, lease_ms: int = 4000) -> Writer:
+    """Make the writer of a stream."""
+    return Writer(proxy=proxy, epoch=epoch, lease_ms=lease_ms, life_ms=60_000)
+
+
+async def streams_tour(registry: Registry) -> None:
+    """Write a stream, read it, take it over; cancel another."""
+    streams, other = registry.streams, STREAM[::-1]
+    for stream in (STREAM, other):
+        assert await streams.open(stream, writer(), ASKED)
+        events = Append(first=1, last=2, events=b"id: 1\n\nid: 2\n\n", tape=b"{}")
+        await streams.append(stream, writer(lease_ms=0), events)
+        await streams.read(stream, 0)
+    await streams.claim(STREAM, writer("p2"))
+    await streams.known(STREAM)
+    await streams.close(other, StreamState.CANCELLED)

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 
 from shared.models.replica import TRANSITIONS, ReplicaState
-from shared.registry import fleet, leadership, ledger, replicas, specs
-from shared.registry.keys import FLEET_KEYS, MODEL_KEYS
+from shared.registry import fleet, leadership, ledger, replicas, specs, streams
+from shared.registry.keys import FLEET_KEYS, MODEL_KEYS, STREAM_KEYS
 from shared.registry.loader import ScriptLibrary, ScriptSpec, assemble, scripts_folder
 from shared.registry.scripts import main
 from tests.support.servers import RedisServer
 
 SPECS = {
     spec.name: spec
-    for module in (fleet, leadership, ledger, replicas, specs)
+    for module in (fleet, leadership, ledger, replicas, specs, streams)
     for spec in vars(module).values()
     if isinstance(spec, ScriptSpec)
 }
@@ -66,7 +66,12 @@ def test_keys(name: str) -> None:
     lines = [line for line in listed if line[0].isdigit()]
     assert int(count.rstrip("+")) == len(spec.keys) == len(lines)
     assert count.endswith("+") == any(line.startswith("then") for line in listed)
-    known = {"M": MODEL_KEYS, "ctl": FLEET_KEYS, "*": {"*": "any"}}[spec.tag]
+    known = {
+        "M": MODEL_KEYS,
+        "ctl": FLEET_KEYS,
+        "s:<id>": STREAM_KEYS,
+        "*": {"*": "any"},
+    }[spec.tag]
     for number, (line, suffix) in enumerate(zip(lines, spec.keys, strict=True), start=1):
         place, kind, pattern = line.split()
         assert (int(place), pattern) == (number, f"{{{spec.tag}}}:{suffix}")

@@ -15,12 +15,14 @@ from shared.registry.ledger import Release, Reserve
 from shared.registry.loader import ScriptLibrary, ScriptSpec
 from shared.secret import Secret
 from shared.settings import CommonSettings
-from tests.lua.exercise import MODEL, Recorder, lead, make_ready, tour
+from tests.lua.exercise import MODEL, STREAM, Recorder, lead, make_ready, tour
 from tests.support.servers import RedisCluster, RedisServer, Servers
 from tests.support.waiting import wait_until_sync
 
 TIMED = ("px", "hb", "suspect", "stat")
 """Keys that hold when something happened last: a repeat moves the time, nothing else."""
+LEASE = (b"lease", b"read")
+"""Fields of the same kind."""
 
 
 async def dump(connection: Connection, keys: Keys) -> dict[str, Any]:
@@ -29,11 +31,16 @@ async def dump(connection: Connection, keys: Keys) -> dict[str, Any]:
     names += [keys.model(MODEL).lease(proxy) for proxy in ("p0", "p1")]
     names += [keys.fleet.prefix + name for name in FLEET_KEYS if "<" not in name]
     names += [keys.fleet.orders("h1"), keys.fleet.orders("h2")]
+    names += [keys.stream(STREAM).meta, keys.stream(STREAM).tokens]
     found: dict[str, Any] = {}
     for name in names:
         kind = (await connection.command("TYPE", name)).decode()
         if kind == "hash":
             found[name] = await connection.command("HGETALL", name)
+            for field in LEASE:
+                found[name].pop(field, None)
+        elif name == keys.stream(STREAM).tokens:
+            found[name] = await connection.command("XRANGE", name, "-", "+")
         elif kind == "zset":
             found[name] = await connection.command("ZRANGE", name, 0, -1, "WITHSCORES")
         elif kind == "string":

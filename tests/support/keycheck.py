@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-from shared.registry.keys import EXPIRING_KEYS, FLEET_KEYS, MODEL_KEYS
+from shared.registry.keys import EXPIRING_KEYS, FLEET_KEYS, MODEL_KEYS, STREAM_KEYS
 
 _KEY = re.compile(r"(?P<prefix>[^{}]*):\{(?P<tag>[^{}]+)\}:(?P<suffix>.+)")
 
@@ -19,6 +19,8 @@ class Asking(Protocol):
 
 def documented(tag: str, suffix: str) -> tuple[str, str] | None:
     """Find the documented name and type of a key, or None."""
+    if tag.startswith("s:") and suffix in STREAM_KEYS:
+        return f"{{s:<id>}}:{suffix}", STREAM_KEYS[suffix]
     known = FLEET_KEYS if tag == "ctl" else MODEL_KEYS
     for name, kind in known.items():
         fixed, placeholder, _ = name.partition("<")

@@ -28,8 +28,10 @@ from services.proxy.inbound import (
     text_request,
     with_model,
 )
+from services.proxy.presence import Presence
 from services.proxy.refusals import Dialect, Refusal
 from services.proxy.relay import Relay
+from services.proxy.resume.api import StreamRoutes, wants_resuming
 from services.proxy.serving import Fleet
 from services.proxy.stepping import begin
 from services.proxy.table import ModelTable
@@ -56,11 +58,12 @@ class _TooLargeError(Exception):
 class _Head:
     """What matters of a request's head."""
 
-    __slots__ = ("content_type", "length", "request_id")
+    __slots__ = ("content_type", "length", "request_id", "resumable")
 
     def __init__(self, headers: Any) -> None:  # noqa: ANN401 - ASGI: iterable of pairs of bytes
         self.content_type = b""
         self.length = -1
+        self.resumable = b""
         given_id = b""
         for name, value in headers:
             if name == b"content-type":
@@ -69,6 +72,8 @@ class _Head:
                 self.length = int(value) if value.isdigit() else -1
             elif name == b"x-request-id":
                 given_id = value
+            elif name == b"x-redmesh-resumable":
+                self.resumable = value
         self.request_id = request_id_of(given_id)
 
     @property
@@ -80,8 +85,9 @@ class _Head:
 class HotRoutes:
     """Makes the ASGI handlers of the routes that go to replicas."""
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: Fleet, streams: StreamRoutes) -> None:
         self._fleet = fleet
+        self._streams = streams
         self._settings = fleet.settings
 
     def handler(self, route: Route) -> Handler:
@@ -121,7 +127,7 @@ class HotRoutes:
             return
 
     async def _ordinary(
-        self, _scope: HTTPScope, head: _Head, receive: Receive, send: Send, route: Route
+        self, scope: HTTPScope, head: _Head, receive: Receive, send: Send, route: Route
     ) -> None:
         if not head.content_type.startswith(b"application/json"):
             media_type = head.media_type
@@ -131,7 +137,11 @@ class HotRoutes:
         given = peek(body)
         table = self._resolve(named_model(given))
         request = inbound(route.upstream, body, head.request_id, given)
-        await self._serve(table, request, receive, send, route, Relay)
+        if head.resumable and wants_resuming(head.resumable):
+            given_headers = scope["headers"]
+            await self._streams.serve(given_headers, table, request, receive, send, text=False)
+        else:
+            await self._serve(table, request, receive, send, route, Relay)
 
     async def _addressed(
         self, scope: HTTPScope, head: _Head, receive: Receive, send: Send, route: Route
@@ -152,7 +162,11 @@ class HotRoutes:
             wanted = f"{JSON} (a chat request) or {TEXT} (a prompt)"
             raise RefusedError(refusals.wrong_content_type(media_type, wanted))
         request = inbound(route.upstream, body, head.request_id, peek(body))
-        await self._serve(table, request, receive, send, route, shape)
+        if head.resumable and wants_resuming(head.resumable):
+            given_headers, text = scope["headers"], shape is TextRelay
+            await self._streams.serve(given_headers, table, request, receive, send, text=text)
+        else:
+            await self._serve(table, request, receive, send, route, shape)
 
     def _resolve(self, name: str) -> ModelTable:
         tables = self._fleet.tables
@@ -186,7 +200,7 @@ class HotRoutes:
         )
         if request.tape is not None and table.spec.stream_failover is not StreamFailover.OFF:
             relay.tape = Tape(request.tape)
-        waiting = _Waiting(receive)
+        waiting = Presence(receive)
         exchange = Exchange(fleet, served, request, relay, waiting.cut)
         client.on_flow(exchange.client_flows)
         exchange.begin()
@@ -267,36 +281,6 @@ class HotRoutes:
             headers.append((b"connection", b"close"))
         await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
         await send({"type": "http.response.body", "body": body, "more_body": False})
-
-
-class _Waiting:
-    """Waits until the client is gone or the answer complete; `cut` ends it without an end.
-
-    Returning from an ASGI application before the answer is complete makes the server close the
-    connection, which is how a client learns that a plain text broke off.
-    """
-
-    __slots__ = ("_cut", "_receive", "_task")
-
-    def __init__(self, receive: Receive) -> None:
-        self._receive = receive
-        self._task = asyncio.current_task()
-        self._cut = False
-
-    def cut(self) -> None:
-        """End the wait."""
-        self._cut = True
-        if self._task is not None:
-            self._task.cancel()
-
-    async def for_the_end(self) -> None:
-        """Wait; raises CancelledError only if somebody else cancelled."""
-        try:
-            while (await self._receive())["type"] != "http.disconnect":
-                pass
-        except asyncio.CancelledError:
-            if not self._cut or self._task is None or self._task.uncancel() > 0:
-                raise
 
 
 async def _received(receive: Receive) -> Any:  # noqa: ANN401 - an ASGI message

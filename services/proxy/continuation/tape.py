@@ -18,6 +18,7 @@ Cost: one parse of the event's few interesting fields, and one substitution over
 import re
 from array import array
 from collections import deque
+from collections.abc import Iterable
 from typing import Final, NamedTuple
 
 import msgspec
@@ -27,9 +28,11 @@ from services.proxy.continuation.chunks import (
     Chunk,
     Delta,
     decode_chunk,
+    decode_identity,
     decode_logprobs,
     error_text,
 )
+from services.proxy.continuation.memo import Memo
 from services.proxy.continuation.rules import stop_strings
 from services.proxy.continuation.seam import Seam
 
@@ -84,11 +87,13 @@ class Tape:
     __slots__ = (
         "_chars",
         "_first",
+        "_introduced",
         "_marks",
         "_next_offset",
         "_options",
         "_rest",
         "_seam",
+        "_told",
         "error",
         "finished",
         "ids",
@@ -107,6 +112,8 @@ class Tape:
         self._seam: Seam | None = None
         self._chars = 0
         self._next_offset = 0
+        self._introduced = False
+        self._told = 0
         self._marks: deque[tuple[int, int]] = deque([(0, 0)])
         self.prompt_ids = array("I")
         self.ids = array("I")
@@ -185,6 +192,47 @@ class Tape:
         if kept_tokens is not None:
             del self.ids[kept_tokens:]
             self._marks = deque([self._marks[0]])
+            self._told = min(self._told, kept_tokens)
+
+    def memo(self) -> Memo:
+        """Say what has changed since the last memo: all memos together make this tape again."""
+        told, introduces = self._told, bool(self._first) and not self._introduced
+        self._told = len(self.ids)
+        self._introduced = self._introduced or introduces
+        return Memo(
+            kept=told,
+            ids=self.ids[told:].tolist(),
+            chars=self._chars,
+            marks=list(self._marks),
+            next_offset=self._next_offset,
+            finished=self.finished,
+            refusal=self.refusal,
+            prompt_ids=self.prompt_ids.tolist() if introduces else None,
+            identity=decode_identity(self._first) if introduces else None,
+        )
+
+    @classmethod
+    def recall(cls, options: Options, memos: Iterable[Memo]) -> "Tape":
+        """Make a tape again from all of its memos, in order."""
+        tape = cls(options)
+        for memo in memos:
+            tape._recall(memo)
+        return tape
+
+    def _recall(self, memo: Memo) -> None:
+        del self.ids[memo.kept :]
+        self.ids.extend(memo.ids)
+        self._told = len(self.ids)
+        self._chars = memo.chars
+        self._marks = deque(memo.marks)
+        self._next_offset = memo.next_offset
+        self.finished = memo.finished
+        self.refusal = memo.refusal
+        if memo.prompt_ids is not None:
+            self.prompt_ids = array("I", memo.prompt_ids)
+        if memo.identity is not None:
+            self._first = msgspec.json.encode(memo.identity)
+            self._introduced = True
 
     def _note(self, event: bytes) -> bool:
         """Note one event; False if it must not be delivered (see `error`), or need not."""

@@ -12,10 +12,13 @@ from services.proxy.app import build_app
 from services.proxy.beats import Beats
 from services.proxy.metrics import Metrics
 from services.proxy.pool import Endpoints
+from services.proxy.resume.room import StreamRoom
+from services.proxy.resume.writing import Streams
 from services.proxy.server import bind, make_server
 from services.proxy.serving import Fleet, Served
 from services.proxy.settings import ProxySettings
 from services.proxy.table import Tables
+from shared.errors import RegistryUnavailableError
 from shared.models.deployment import Deployment, DeploymentSpec, EngineKind, EngineSpec
 from shared.models.replica import Replica, ReplicaState
 from shared.models.routing import Beat, Lease, ModelSpec, Snapshot
@@ -168,6 +171,15 @@ class MemoryLedger:
         return [op for batch in self.batches for op in batch if isinstance(op, Reserve)]
 
 
+class NoJournals:
+    """Redis as a proxy finds it that has none: no stream is resumable."""
+
+    async def _away(self, *_: Any, **__: Any) -> Any:  # noqa: ANN401 - never gives anything
+        raise RegistryUnavailableError("no Redis")
+
+    open = append = known = read = claim = close = _away
+
+
 class HasUrl(Protocol):
     """A replica: all that the proxy needs to know of it."""
 
@@ -191,6 +203,8 @@ class Rig:
         self.ver = 10
         self.stale: list[str] = []
         self.not_ready: str | None = None
+        self.journals: Streams = NoJournals()
+        """Where resumable streams are kept; to be set before the proxy runs."""
 
     async def __aenter__(self) -> Self:
         source = random.Random(7)
@@ -227,8 +241,13 @@ class Rig:
             metrics=self.metrics,
             random=source,
         )
+        self.room = StreamRoom(self.fleet, self.journals)
         app = build_app(
-            self.fleet, version="0", ready=lambda: self.not_ready, metrics=lambda: b"# metrics\n"
+            self.fleet,
+            self.room,
+            version="0",
+            ready=lambda: self.not_ready,
+            metrics=lambda: b"# metrics\n",
         )
         listening = bind("127.0.0.1", 0)
         self.port: int = listening.getsockname()[1]
@@ -245,6 +264,7 @@ class Rig:
 
     async def __aexit__(self, *_exc: object) -> None:
         await self.http.aclose()
+        await self.room.aclose()
         self.fleet.shut()
         self.server.should_exit = True
         await self._serving

@@ -10,11 +10,11 @@ from shared.models.event import Event
 from shared.models.host import Hold
 from shared.models.replica import TRANSITIONS, ReplicaState
 from shared.registry import open_registry
-from shared.registry.keys import FLEET_KEYS, MODEL_KEYS
+from shared.registry.keys import FLEET_KEYS, MODEL_KEYS, STREAM_KEYS
 from shared.registry.routes import RoutesReset
 from shared.secret import Secret
 from shared.settings import CommonSettings
-from tests.lua.exercise import MODEL, tour
+from tests.lua.exercise import MODEL, STREAM, tour
 from tests.support.servers import Servers
 
 TEXT = (Path(__file__).parents[3] / "docs" / "redis.md").read_text()
@@ -37,17 +37,19 @@ async def test_examples_work(servers: Servers) -> None:
         words = shlex.split(line, comments=True)
         if words[0] in {"PSUBSCRIBE", "ACL"}:
             continue
-        names = {"tinyllama": MODEL, "px-1": "p1", "host-1": "h1"}
+        names = {"tinyllama": MODEL, "px-1": "p1", "host-1": "h1", "s:ID": f"s:{STREAM}"}
         for name, real in names.items():
             words = [word.replace(name, real) for word in words]
         reply = server.command(*words)
         suffix = words[1].split("}:")[1]
         assert reply or suffix == "suspect", f"{line} shows nothing"
-        read.add(("ctl:" if "{ctl}" in words[1] else "M:") + suffix)
+        tag = "ctl:" if "{ctl}" in words[1] else "s:" if "{s:" in words[1] else "M:"
+        read.add(tag + suffix)
     server.command("ACL", "SETUSER", "redmesh", "on", ">p", "~redmesh:*", "&redmesh:*", "+@all")
     server.kill()
     wanted = {f"M:{suffix.replace('<proxy>', 'p1')}" for suffix in MODEL_KEYS}
     wanted |= {f"ctl:{suffix.replace('<host>', 'h1')}" for suffix in FLEET_KEYS}
+    wanted |= {f"s:{suffix}" for suffix in STREAM_KEYS}
     assert read == wanted
 
 

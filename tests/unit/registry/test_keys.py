@@ -6,12 +6,21 @@ from pathlib import Path
 import pytest
 
 from shared.errors import InvalidInputError
-from shared.registry.keys import EXPIRING_KEYS, FLEET_KEYS, MODEL_KEYS, FleetKeys, Keys, ModelKeys
+from shared.registry.keys import (
+    EXPIRING_KEYS,
+    FLEET_KEYS,
+    MODEL_KEYS,
+    STREAM_KEYS,
+    FleetKeys,
+    Keys,
+    ModelKeys,
+)
 from tests.support.keycheck import documented
 
+KNOWN = {"M": MODEL_KEYS, "ctl": FLEET_KEYS, "s:<id>": STREAM_KEYS}
 DOCUMENT = Path(__file__).parents[3] / "docs" / "redis.md"
 ROW = re.compile(
-    r"^\| `redmesh:\{(?P<tag>M|ctl)\}:(?P<suffix>[^`]+)` \|(?P<rest>.*)\|$", re.MULTILINE
+    r"^\| `redmesh:\{(?P<tag>M|ctl|s:<id>)\}:(?P<suffix>[^`]+)` \|(?P<rest>.*)\|$", re.MULTILINE
 )
 
 
@@ -25,7 +34,7 @@ def rows() -> dict[tuple[str, str], list[str]]:
 
 def test_every_key_is_documented() -> None:
     """docs/redis.md has a row for every key of every model and of the fleet, and for no other."""
-    known = {("M", suffix) for suffix in MODEL_KEYS} | {("ctl", suffix) for suffix in FLEET_KEYS}
+    known = {(tag, suffix) for tag, suffixes in KNOWN.items() for suffix in suffixes}
     assert set(rows()) == known
 
 
@@ -33,7 +42,7 @@ def test_documented_types_and_ttls() -> None:
     """The document's type and TTL of each key are those of the code."""
     for (tag, suffix), cells in rows().items():
         kind, _holds, writer, ttl = cells
-        assert kind == (MODEL_KEYS if tag == "M" else FLEET_KEYS)[suffix]
+        assert kind == KNOWN[tag][suffix]
         assert writer
         assert (ttl != "–") == (f"{{{tag}}}:{suffix}" in EXPIRING_KEYS), suffix
 
@@ -64,6 +73,17 @@ def test_fleet_keys() -> None:
     assert keys.pick(("epoch", "orders:<host>"), "h") == (keys.epoch, keys.orders("h"))
 
 
+def test_stream_keys() -> None:
+    """A stream's keys share its tag; what is no id, also one in capitals, makes no key."""
+    keys = Keys("red").stream("0f" * 16)
+    for suffix in STREAM_KEYS:
+        assert getattr(keys, suffix) == f"red:{{s:{'0f' * 16}}}:{suffix}"
+    assert keys.pick(("tokens", "meta")) == (keys.tokens, keys.meta)
+    for stream in ("", "0F" * 16, "0f" * 15, "0f" * 16 + "\n", "g" * 32, "}{" * 16):
+        with pytest.raises(InvalidInputError, match="32 hexadecimal"):
+            Keys().stream(stream)
+
+
 @pytest.mark.parametrize("name", ["", "a}:{b", "a b", "é", "-a", "a" * 129, "a\n", "{ctl}"])
 def test_hostile_names_make_no_key(name: str) -> None:
     """A name that could move a key to another slot is refused before any key exists."""
@@ -86,3 +106,5 @@ def test_documented_knows_its_own() -> None:
     assert documented("m", "leases") is None
     assert documented("m", "lease:") is None
     assert documented("ctl", "ready") is None
+    assert documented("s:" + "0" * 32, "tokens") == ("{s:<id>}:tokens", "stream")
+    assert documented("s:" + "0" * 32, "token") is None

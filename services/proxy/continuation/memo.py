@@ -1,0 +1,25 @@
+"""What a journal keeps of a tape, so that another proxy can make the same tape again."""
+
+import msgspec
+
+from services.proxy.continuation.chunks import Identity
+
+
+class Memo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What has changed on a tape since the memo before."""
+
+    kept: int
+    """Token ids known before that stay; those beyond were sampled anew."""
+    ids: list[int]
+    """Token ids that follow them."""
+    chars: int
+    """Characters delivered so far."""
+    marks: list[tuple[int, int]]
+    """Where the stream may be cut: generated tokens and characters."""
+    next_offset: int = 0
+    finished: bool = False
+    refusal: str = ""
+    prompt_ids: list[int] | None = None
+    """In the first memo: the prompt."""
+    identity: Identity | None = None
+    """In the first memo: who the stream is."""
