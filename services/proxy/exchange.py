@@ -322,6 +322,9 @@ class Exchange:
 
     def _goes_on(self, detail: str) -> bool:
         """Prepare to go on with a stream elsewhere; False if it has been ended instead."""
+        if self._failover.completed():
+            self._finish(self._relay.outcome)
+            return False
         served = self._served
         spec = served.table.spec
         refused = self._failover.go_on(spec)

@@ -3,7 +3,7 @@
 The rules and the request itself come from `continuation`; here they meet one client's answer.
 """
 
-from services.proxy.continuation.plan import Continuation, armed, plan
+from services.proxy.continuation.plan import Continuation, armed, plan, tail
 from services.proxy.continuation.rules import MAX_FAILOVERS, Refused
 from services.proxy.inbound import Inbound
 from services.proxy.relay import Relay
@@ -43,6 +43,14 @@ class Failover:
     def kind(self) -> str:
         """How the stream goes on, as the metric calls it."""
         return "exact" if self._continuation is None or self._continuation.exact else "valid"
+
+    def completed(self) -> bool:
+        """Complete a stream that has lost no more than its last events; False if it lost more."""
+        tape = self._relay.tape
+        if tape is None or not tape.finished:
+            return False
+        self._relay.complete(tail(self._inbound.body, tape))
+        return True
 
     def go_on(self, spec: ModelSpec) -> Refused | None:
         """Have the next replica go on with the stream that has just lost its own, or refuse."""

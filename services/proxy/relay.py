@@ -67,13 +67,17 @@ class Relay:
         self.failure: Failure | None = None
         self.detail = ""
         self.outcome = "2xx"
-        self.tokens = 0
-        """Events relayed, or completion tokens of a whole answer: near enough for estimates."""
+        self._tokens = 0
 
     @property
     def stalled(self) -> bool:
         """Tell whether the client is slower than the replica."""
         return self._client.stalled
+
+    @property
+    def tokens(self) -> int:
+        """Tokens relayed; events where they are not counted: near enough for estimates."""
+        return self._tokens if self.tape is None else len(self.tape.ids) or self._tokens
 
     @property
     def started(self) -> bool:
@@ -130,6 +134,10 @@ class Relay:
         self._goes_on = True
         self.reset()
 
+    def complete(self, events: bytes) -> None:
+        """Write the last events of a stream that lost its replica at its very end."""
+        self._deliver(events, last=True)
+
     def refuse(self, refusal: Refusal) -> None:
         """Answer with an error of our own."""
         body = refusal.body(self._dialect)
@@ -140,7 +148,8 @@ class Relay:
         """End a begun answer as an error; False where only cutting the connection can tell."""
         if not self._streams and not self._goes_on:
             return False
-        boundary = b"" if self._last.endswith(b"\n\n") else b"\n\n"
+        whole = self.tape is not None or self._last.endswith(b"\n\n")
+        boundary = b"" if whole else b"\n\n"
         self._client.write(boundary + refusal.event(self._dialect), more=False)
         return True
 
@@ -154,7 +163,7 @@ class Relay:
             return self._fail(Failure.RESET, "an empty stream")
         if first:
             self._start()
-        self.tokens += data.count(b"\n\n")
+        self._tokens += data.count(b"\n\n")
         if complete and not self._head.framed and b"[DONE]" not in self._last + data:
             self._client.write(data, more=True)
             self._last = data or self._last
@@ -174,18 +183,15 @@ class Relay:
         error = tape.error
         if complete and not tape.finished and not error:
             error = "the replica ended the stream without a finish reason"
-        if error and first:
-            # What came before the error is dropped with the try: nobody has seen it.
-            dead = ENGINE_DEAD.decode() in error
-            return self._fail(Failure.ENGINE_DEAD if dead else Failure.RESET, error)
-        last = complete and not error
-        if events or last:
-            self._deliver(events, last=last)
         if error:
             dead = ENGINE_DEAD.decode() in error
-            self.failure = Failure.ENGINE_DEAD if dead else Failure.RESET
-            self.detail = error
+            step = self._fail(Failure.ENGINE_DEAD if dead else Failure.RESET, error)
+            if first:
+                return step  # what came before the error is dropped with the try: nobody saw it
+            self._deliver(events, last=False)
             return Step.LOST
+        if events or complete:
+            self._deliver(events, last=complete)
         if first:
             return Step.STARTED if self._client.started else Step.GOES_ON
         return Step.ENDED if complete else Step.GOES_ON
@@ -194,8 +200,6 @@ class Relay:
         """Write whole events."""
         if not self._client.started:
             self._start()
-        self.tokens += events.count(b"\n\n")
-        self._last = b"\n\n"
         self._client.write(events, more=not last)
 
     def _feed_begun(self, data: bytes, *, complete: bool) -> Step:
@@ -231,7 +235,7 @@ class Relay:
             self._own(refusals.unserved_route(self._model, self._path))
         else:
             self.outcome = _outcome(status)
-            self.tokens = _completion_tokens(body)
+            self._tokens = _completion_tokens(body)
             self._start(len(body))
             self._client.write(body, more=False)
         return Step.STARTED

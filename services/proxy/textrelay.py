@@ -30,7 +30,7 @@ class TextRelay(Relay):
     def _feed_stream(self, data: bytes, *, complete: bool) -> Step:
         first = not self._client.started
         reader = self._text
-        self.tokens += data.count(b"\n\n")
+        self._tokens += data.count(b"\n\n")
         text = reader.feed(data)
         if complete and not reader.finished and not reader.error:
             reader.error = "the replica ended the stream without a finish reason"
@@ -50,7 +50,6 @@ class TextRelay(Relay):
         return Step.ENDED if complete else Step.GOES_ON
 
     def _deliver(self, events: bytes, *, last: bool) -> None:
-        self.tokens += events.count(b"\n\n")
         text = self._text.feed(events)
         if text or last:
             self._write_text(text, last=last)

@@ -13,7 +13,7 @@ import msgspec
 from services.proxy.continuation.chunks import decode_identity
 from services.proxy.continuation.rules import CARRIED, Manner, Refused, Way, manner
 from services.proxy.continuation.seam import Seam, Seen
-from services.proxy.continuation.tape import NO_IDS_SENT, Tape
+from services.proxy.continuation.tape import DONE, END, NO_IDS_SENT, Tape
 from shared.models.deployment import StreamFailover
 
 COMPLETIONS: Final = b"/v1/completions"
@@ -90,6 +90,23 @@ def plan(
     if not how.exact:
         _carry_penalties(request, fields, tape.ids[:kept])
     return Continuation(COMPLETIONS, msgspec.json.encode(request), seam, how.exact, kept)
+
+
+def tail(body: bytes, tape: Tape) -> bytes:
+    """Make the last events of a stream that was lost when its answer was whole already."""
+    options = _fields(body).get("stream_options")
+    wanted = isinstance(options, dict) and cast("dict[str, object]", options).get("include_usage")
+    if not wanted or tape.usage_told:
+        return DONE + END
+    prompt_tokens, produced = len(tape.prompt_ids), len(tape.ids)
+    usage = {
+        "prompt_tokens": prompt_tokens,
+        "total_tokens": prompt_tokens + produced,
+        "completion_tokens": produced,
+    }
+    identity = msgspec.structs.asdict(decode_identity(tape.first))
+    chunk = {**identity, "choices": [], "usage": usage}
+    return b"data: " + msgspec.json.encode(chunk) + END + DONE + END
 
 
 def _unsteady(tape: Tape, skip_chars: int, fields: Mapping[str, Any]) -> str:

@@ -31,6 +31,8 @@ class Turned(NamedTuple):
     whole: bool = False
     """The tokens up to here end with a character (as far as can be told)."""
     finished: bool = False
+    usage: bool = False
+    """It tells the usage of the whole answer."""
     next_offset: int = 0
     error: str = ""
 
@@ -81,7 +83,7 @@ class Seam:
         self._dress(chunk)
         choices = chunk.get("choices")
         if not choices:
-            return self._turned(payload=msgspec.json.encode(chunk))
+            return self._turned(payload=msgspec.json.encode(chunk), usage=True)
         return self._turn_choice(chunk, cast("dict[str, Any]", choices[0]))
 
     def _turn_choice(self, chunk: dict[str, Any], choice: dict[str, Any]) -> Turned:

@@ -46,6 +46,15 @@ _IDS: Final = re.compile(rb'token_ids":\[[^\]]*\]')
 """`token_ids` or `prompt_token_ids` with a value. It cannot match within a string: there, the
 quote would have a backslash before it."""
 _NO_IDS: Final = b'token_ids":null'
+_TAIL: Final = b"]}]}\n\n"
+_NULL_TAIL: Final = b"null}]}\n\n"
+_USUAL_CHAT: Final = (
+    b'"delta":{"content":"',
+    b'"},"logprobs":null,"finish_reason":null,"token_ids":[',
+)
+_NULLS: Final = b'","logprobs":null,"finish_reason":null,"stop_reason":null,"prompt_token_ids":null'
+_USUAL_COMPLETION: Final = (b'"text":"', _NULLS + b',"token_ids":[')
+"""What stands before and after the text of a chunk of vLLM's."""
 
 
 class Options(NamedTuple):
@@ -85,6 +94,8 @@ class Tape:
     """One stream, as it was delivered."""
 
     __slots__ = (
+        "_after_text",
+        "_before_text",
         "_chars",
         "_first",
         "_introduced",
@@ -93,16 +104,19 @@ class Tape:
         "_options",
         "_rest",
         "_seam",
+        "_steady",
         "_told",
         "error",
         "finished",
         "ids",
         "prompt_ids",
         "refusal",
+        "usage_told",
     )
 
     def __init__(self, options: Options) -> None:
         self._options = options
+        self._steady = not (options.lag_chars or options.margin_chars or options.wants_ids)
         self.reset()
 
     def reset(self) -> None:
@@ -110,6 +124,8 @@ class Tape:
         self._rest: bytes = b""
         self._first: bytes = b""
         self._seam: Seam | None = None
+        self._before_text = b""
+        self._after_text = b""
         self._chars = 0
         self._next_offset = 0
         self._introduced = False
@@ -120,6 +136,7 @@ class Tape:
         """Token ids delivered so far, whether or not their text could be shown."""
         self.finished = False
         """A finish reason was delivered: the answer is whole."""
+        self.usage_told = False
         self.error = ""
         """Why the replica's stream cannot go on; empty while it can."""
         self.refusal = ""
@@ -155,6 +172,9 @@ class Tape:
 
         Sets `error` where the stream says or shows that it is lost; what came before is returned.
         """
+        before = self._before_text
+        if before and data.startswith(before) and (event := self._usual(data)):
+            return event
         if self._rest:
             data = self._rest + data
             self._rest = b""
@@ -177,6 +197,32 @@ class Tape:
                 break
         return data if self._options.wants_ids else _IDS.sub(_NO_IDS, data)
 
+    def _usual(self, data: bytes) -> bytes:
+        """Take one chunk that looks like the one before it, without parsing it; else return none.
+
+        Nearly every chunk differs from the last one in its text and its one token id only. What
+        stands between the two known parts is text if it has no quote and no escape.
+        """
+        begin, after = len(self._before_text), self._after_text
+        at = data.find(after, begin)
+        text = data[begin:at]
+        token = data[at + len(after) : -len(_TAIL)]
+        if (
+            at < 0
+            or self._rest
+            or not text
+            or b'"' in text
+            or b"\\" in text
+            or not token.isdigit()
+            or not data.endswith(_TAIL)
+        ):
+            return b""
+        ids = self.ids
+        ids.append(int(token))
+        self._chars += len(text) if text.isascii() else len(text.decode(errors="replace"))
+        self._marks[0] = (len(ids), self._chars)
+        return data[: at + len(after) - 1] + _NULL_TAIL
+
     def cut(self) -> Cut:
         """Say from where another replica may go on."""
         kept, generated_chars = self._marks[0]
@@ -189,6 +235,7 @@ class Tape:
         """
         self.forget_try()
         self._seam = seam
+        self._before_text = b""
         if kept_tokens is not None:
             del self.ids[kept_tokens:]
             self._marks = deque([self._marks[0]])
@@ -250,6 +297,7 @@ class Tape:
             self.error = error_text(chunk.error)
             return False
         if not chunk.choices:
+            self.usage_told = True
             return True
         if not self._first:
             self._begin(event[6:], chunk)
@@ -271,6 +319,8 @@ class Tape:
             self.refusal = self.refusal or NO_IDS_SENT
         if text:
             self.delivered(len(text), whole=ids is not None and len(ids) == 1)
+            if self._steady and not self._before_text:
+                self._learn(event)
         if self._options.offsets:
             self._note_offset(event[6:])
         return text is not None or not _empty(delta, choice, event)
@@ -292,6 +342,13 @@ class Tape:
             self.prompt_ids = array("I", prompt_ids)
         else:
             self.refusal = NO_IDS_SENT
+
+    def _learn(self, event: bytes) -> None:
+        """Note what the chunks of this stream have in common."""
+        for before, after in (_USUAL_CHAT, _USUAL_COMPLETION):
+            at = event.find(before)
+            if at > 0 and after in event:
+                self._before_text, self._after_text = event[: at + len(before)], after
 
     def _note_offset(self, payload: bytes) -> None:
         choices = decode_logprobs(payload).choices
@@ -329,6 +386,7 @@ class Tape:
                 self.delivered(len(turned.text), whole=turned.whole)
             self._next_offset = turned.next_offset
             self.finished = self.finished or turned.finished
+            self.usage_told = self.usage_told or turned.usage
             if turned.payload:
                 out.append(_DATA[:-1] + turned.payload)
         return b"".join(event + END for event in out)

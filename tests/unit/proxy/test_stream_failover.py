@@ -299,6 +299,29 @@ async def test_an_engine_that_says_it_is_dead_is_left() -> None:
         assert failovers(rig, "exact") == 1
 
 
+@pytest.mark.parametrize("usage", [False, True])
+async def test_a_stream_that_lost_only_its_end_is_ended(usage: bool) -> None:  # noqa: FBT001 - a parameter of the test
+    """When the finish reason was delivered, the usage and [DONE] are told without a replica."""
+
+    async def nearly(exchanged: Exchanged) -> None:
+        await exchanged.begin_stream()
+        known = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "m"}
+        role = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+        await exchanged.event({**known, "choices": [role], "prompt_token_ids": [1, 2, 3]})
+        last = {"index": 0, "delta": {"content": "x"}, "finish_reason": "stop", "token_ids": [9]}
+        await exchanged.event({**known, "choices": [last]})
+        exchanged.reset()
+
+    options = {"stream_options": {"include_usage": True}} if usage else {}
+    async with Engine(nearly) as first, Engine(nearly) as second, Rig(first, second) as rig:
+        got = read((await rig.http.post(CHAT, json=request(CHAT, **options))).content)
+        assert (got.text, got.finish, got.errors, got.done) == ("x", [("stop", None)], [], True)
+        told = {"prompt_tokens": 3, "total_tokens": 4, "completion_tokens": 1} if usage else None
+        assert got.usage == told
+        assert len(first.seen) + len(second.seen) == 1
+        await wait_until(rig.idle)
+
+
 async def test_waits_for_a_replica_to_come() -> None:
     """With nobody else to go on, a stream waits for a replica, like a request does."""
     asked = request(CHAT)
