@@ -105,7 +105,7 @@ def tail(body: bytes, tape: Tape) -> bytes:
         "completion_tokens": produced,
     }
     identity = msgspec.structs.asdict(decode_identity(tape.first))
-    chunk = {**identity, "choices": [], "usage": usage}
+    chunk: dict[str, Any] = {**identity, "choices": [], "usage": usage}
     return b"data: " + msgspec.json.encode(chunk) + END + DONE + END
 
 
