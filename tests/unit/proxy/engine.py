@@ -106,7 +106,7 @@ class Engine:
         self.connections = 0
         self.url = ""
         self._server: asyncio.Server | None = None
-        self._port = 0
+        self._port: int = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
 
