@@ -9,12 +9,15 @@ import fcntl
 import os
 import random
 import select
+import stat
 import struct
 import sys
 import time
 from collections import deque
+from pathlib import Path
 from typing import Final
 
+_NODE: Final = Path("/dev/net/tun")
 _TUNSETIFF: Final = 0x400454CA
 _IFF_TUN, _IFF_NO_PI = 0x0001, 0x1000
 _MTU_BYTES: Final = 65536
@@ -24,7 +27,10 @@ _QUEUE: Final = 50_000
 
 def main(device: str, delay_s: float, loss: float, seed: int) -> None:
     """Relay for ever."""
-    tun = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
+    if not _NODE.exists():  # a bare machine may have the driver and not its node
+        _NODE.parent.mkdir(exist_ok=True)
+        os.mknod(_NODE, 0o600 | stat.S_IFCHR, os.makedev(10, 200))
+    tun = os.open(_NODE, os.O_RDWR | os.O_NONBLOCK)
     fcntl.ioctl(tun, _TUNSETIFF, struct.pack("16sH22x", device.encode(), _IFF_TUN | _IFF_NO_PI))
     sys.stdout.write("ready\n")
     sys.stdout.flush()
