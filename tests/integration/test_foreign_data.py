@@ -110,25 +110,25 @@ async def test_records_that_do_not_parse_are_left_out_and_told(
     assert await command("HGET", fleet.deployments, JUNK) == b"{", "foreign data is not deleted"
 
 
-@pytest.mark.parametrize("suffix", ["deployments", "hosts", "members", "orders:local-1", "leader"])
-async def test_a_fleet_key_of_a_foreign_type_is_set_aside(
-    mesh: Mesh, registry: Registry, suffix: str
-) -> None:
-    """Foreign data in a fleet key are moved away, told, kept, and what was there is made anew."""
+async def test_fleet_keys_of_a_foreign_type_are_set_aside(mesh: Mesh, registry: Registry) -> None:
+    """Foreign data in fleet keys are moved away, told, kept, and what was there is made anew."""
     command = registry.connection.command
-    key = f"redmesh:{{ctl}}:{suffix}"
-    aside = registry.keys.fleet.aside(key)
-    await command("DEL", key)
-    await command("LPUSH", key, "foreign")
+    suffixes = ("deployments", "hosts", "members", "orders:local-1", "leader")
+    keys = [f"redmesh:{{ctl}}:{suffix}" for suffix in suffixes]
+    aside = [registry.keys.fleet.aside(key) for key in keys]
+    await command("DEL", *keys)
+    for key in keys:
+        await command("LPUSH", key, "foreign")
     await served(mesh)
 
     async def moved() -> bool:
-        return bool(await command("EXISTS", aside))
+        return await command("EXISTS", *aside) == len(aside)
 
     await wait_until(moved, what="the foreign data are set aside")
-    assert await command("LRANGE", aside, 0, -1) == [b"foreign"], "foreign data are not deleted"
-    assert await command("TTL", aside) > 0
-    await command("DEL", aside)
+    for key in aside:
+        assert await command("LRANGE", key, 0, -1) == [b"foreign"], "foreign data are not deleted"
+        assert await command("TTL", key) > 0
+    await command("DEL", *aside)
     await scales(mesh, registry)
     await served(mesh, 2)
 
