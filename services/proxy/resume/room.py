@@ -26,6 +26,7 @@ from services.proxy.resume.refusals import too_many
 from services.proxy.resume.writing import LEASE_S, Limits, Streams, Writing
 from services.proxy.serving import Fleet
 from services.proxy.table import ModelTable
+from shared.ids import new_suffix
 from shared.registry.streams import Asked, Claimed, Page, StreamState, Writer
 
 HAND_OVER_S: Final = 2.0
@@ -43,6 +44,8 @@ class StreamRoom:
         self.readers = 0
         """Those who resume on this proxy now."""
         self._settings = fleet.settings
+        # A repeated claim is known by its writer: no two rooms may have one name.
+        self._name = f"{fleet.proxy[:100]}/{new_suffix()}"
         self._limits = Limits(
             size_bytes=fleet.settings.resumable_bytes, orphan_s=fleet.settings.resumable_orphan_s
         )
@@ -192,7 +195,7 @@ class StreamRoom:
 
     def _writer(self, epoch: int) -> Writer:
         return Writer(
-            proxy=self.fleet.proxy,
+            proxy=self._name,
             epoch=epoch,
             lease_ms=round(LEASE_S * 1000),
             life_ms=round(self._settings.resumable_life_s * 1000),
