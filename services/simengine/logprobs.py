@@ -31,6 +31,11 @@ def completion_logprobs(ids: Sequence[int], top: int, offset: int) -> dict[str, 
     }
 
 
+def text_chars(ids: Sequence[int]) -> int:
+    """Count the characters of tokens, each decoded by itself, as offsets count them."""
+    return sum(len(_text(token)) for token in ids)
+
+
 def _entry(token: int) -> dict[str, object]:
     text = _text(token)
     # vLLM gives the bytes of the decoded token, not the token's own.

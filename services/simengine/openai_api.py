@@ -8,7 +8,7 @@ import msgspec
 from services.simengine import requests
 from services.simengine.answers import CollectedAnswer, Result, StreamedAnswer
 from services.simengine.engine import Run
-from services.simengine.logprobs import chat_logprobs, completion_logprobs
+from services.simengine.logprobs import chat_logprobs, completion_logprobs, text_chars
 from services.simengine.refusals import RefusalError, bad_request, read_body
 from services.simengine.requests import ChatRequest, CompletionRequest, Sampling
 from services.simengine.serving import (
@@ -200,7 +200,7 @@ class CompletionStream(OpenAIStream):
         if self._top is not None:
             offset = self._offsets.get(run.index, 0)
             logprobs = _json(completion_logprobs(ids, self._top, offset))
-            self._offsets[run.index] = offset + len(shown)
+            self._offsets[run.index] = offset + text_chars(ids)
         return (
             b'%b%d,"text":%b,"logprobs":%b,"finish_reason":%b,"stop_reason":%b,'
             b'"prompt_token_ids":%b,"token_ids":%b}]%b%b}\n\n'
@@ -214,7 +214,7 @@ class CompletionStream(OpenAIStream):
                 prompt_ids,
                 _json(ids) if self._with_ids else b"null",
                 b"" if finish is None else self._final(),
-                self._running(run) or b',"usage":null',
+                self._running(run),
             )
         )
 

@@ -124,6 +124,8 @@ class Seam:
         for name in ("prompt_token_ids", "prompt_text"):
             chunk.pop(name, None)  # they stood in the stream's first chunk
         usage = chunk.get("usage")
+        if usage is None:
+            chunk.pop("usage", None)  # a completion's chunk may have the key where a chat's has not
         if isinstance(usage, dict) and self._kept_tokens is not None:
             prompt_tokens = self._seen.prompt_tokens
             counts = cast("dict[str, Any]", usage)

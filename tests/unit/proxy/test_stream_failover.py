@@ -104,7 +104,7 @@ KINDS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     ),
     "chat logprobs": (CHAT, {"logprobs": True, "top_logprobs": 2}),
     "chat logprobs without top": (CHAT, {"logprobs": True}),
-    "completion logprobs": (COMPLETIONS, {"logprobs": 2}),
+    "completion logprobs": (COMPLETIONS, {"logprobs": 2, "max_tokens": 60}),
     "ids": (CHAT, {"return_token_ids": True}),
     "min_tokens": (CHAT, {"min_tokens": 20, "max_tokens": 40}),
     "no limit": (CHAT, {"max_tokens": None}),
