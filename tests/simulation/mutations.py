@@ -116,12 +116,6 @@ LEDGER = {
         theme="network",
         seed=4,
     ),
-    "a comparison repairs what is under way": Mutation(
-        "services.proxy.live:LiveRequests.compare",
-        "skip = set(unsettled)",
-        "skip = set()",
-        theme="network",
-    ),
     "a comparison keeps what is too much": Mutation(
         "services.proxy.live:LiveRequests.compare",
         "request not in self._by_id",

@@ -11,6 +11,9 @@ from tests.simulation.conftest import seeds
 from tests.simulation.leadersim import LeaderSim
 from tests.simulation.luahost import LuaHost
 
+# Among the slow ones: they are measured in minutes, and coverage would double that.
+pytestmark = pytest.mark.load
+
 CI_SEEDS = 30
 
 

@@ -14,6 +14,9 @@ from tests.simulation.conftest import seeds
 from tests.simulation.ledgersim import LedgerSim
 from tests.simulation.luahost import LuaHost
 
+# Among the slow ones: they are measured in minutes, and coverage would double that.
+pytestmark = pytest.mark.load
+
 CI_SEEDS = 40
 
 

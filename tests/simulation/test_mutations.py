@@ -9,6 +9,9 @@ from tests.simulation.ledgersim import LedgerSim
 from tests.simulation.luahost import LuaHost
 from tests.simulation.mutations import LEADER, LEDGER, mutated
 
+# Among the slow ones: they are measured in minutes, and coverage would double that.
+pytestmark = pytest.mark.load
+
 HISTORIES = 25
 
 
