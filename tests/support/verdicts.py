@@ -56,12 +56,7 @@ class _Usage(msgspec.Struct, frozen=True):
     completion_tokens: int = 0
 
 
-class _Delta(msgspec.Struct, frozen=True):
-    content: str | None = None
-
-
 class _Choice(msgspec.Struct, frozen=True):
-    delta: _Delta = _Delta()
     finish_reason: str | None = None
 
 
@@ -77,7 +72,20 @@ class _Event(msgspec.Struct, frozen=True):
     error: _Error | None = None
 
 
+class _Delta(msgspec.Struct, frozen=True):
+    content: str | None = None
+
+
+class _Said(msgspec.Struct, frozen=True):
+    delta: _Delta = _Delta()
+
+
+class _Text(msgspec.Struct, frozen=True):
+    choices: tuple[_Said, ...] = ()
+
+
 _EVENT: Final = msgspec.json.Decoder(_Event)
+_TEXT: Final = msgspec.json.Decoder(_Text)
 
 
 def judge(status: int, body: bytes | None, tokens: int) -> tuple[Outcome, str]:
@@ -102,7 +110,7 @@ def text_of(body: bytes) -> str:
     return "".join(
         choice.delta.content or ""
         for line in body.split(b"\n\n")[:-2]
-        for choice in _EVENT.decode(line[6:]).choices
+        for choice in _TEXT.decode(line[6:]).choices
     )
 
 
