@@ -235,7 +235,8 @@ class Load:
             now_s = time.monotonic()
             begun = connection is not None and connection.first_s > 0
             self.cut_off += outcome is Outcome.RESET and not begun
-            away = outcome in {Outcome.REFUSED, Outcome.RESET} and not begun
+            ends = outcome is Outcome.STATUS and '"shutting_down"' in detail
+            away = ends or (outcome in {Outcome.REFUSED, Outcome.RESET} and not begun)
             if away and now_s - began_s < self._patience_s:
                 if tries % len(self._ports) == 0:
                     await asyncio.sleep(_RETRY_PAUSE_S)
