@@ -38,7 +38,7 @@ DELAY_S = 1.5
 STREAM_S = TOKENS * STEP_MS / 1000
 REAPED_S = 7.0
 """Silent for 5 s, then suspect for 2 s."""
-SLACK_S = 4.0
+SLACK_S = 2.5
 """Beats of about a second on either side of it, on a busy machine."""
 
 pytestmark = [pytest.mark.mesh, pytest.mark.timeout(120)]
@@ -63,7 +63,7 @@ class Site:
     def load(self, max_tokens: int = TOKENS) -> Load:
         """Make load for all proxies."""
         ports = [self.ending.port, *(each.port for each in self.staying)]
-        return Load(ports, MODEL, max_tokens=max_tokens, patience_s=10, compares=False)
+        return Load(ports, MODEL, max_tokens=max_tokens, patience_s=5)
 
     @contextlib.asynccontextmanager
     async def long_streams(self) -> AsyncGenerator[Load]:
