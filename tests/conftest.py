@@ -2,21 +2,42 @@
 
 `registry` works under a key prefix of its own, and afterwards fails the test if it left a key that
 is not documented, or one without the TTL it must have. `unblocked` fails a test whose code blocks
-the event loop.
+the event loop. `quiet_logs` silences the logs of one test.
 """
 
+import logging
 import secrets
 from collections.abc import AsyncGenerator, Generator
 from pathlib import Path
 
 import blockbuster
 import pytest
+import structlog
 
 from shared.registry import Registry, open_registry
 from shared.secret import Secret
 from shared.settings import CommonSettings
 from tests.support.keycheck import key_problems
 from tests.support.servers import RedisServer, Servers
+
+
+@pytest.fixture(autouse=True)
+def logging_as_found() -> Generator[None]:
+    """Fail a test that leaves logging configured otherwise: in another order, others would fail."""
+    before = structlog.get_config()
+    yield
+    after = structlog.get_config()
+    structlog.configure(**before)
+    assert after == before, "this test leaves structlog configured; use `quiet_logs`, or restore it"
+
+
+@pytest.fixture
+def quiet_logs() -> Generator[None]:
+    """Log nothing below critical, for tests in which hundreds of failures are no news."""
+    before = structlog.get_config()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    yield
+    structlog.configure(**before)
 
 
 @pytest.fixture(scope="session")

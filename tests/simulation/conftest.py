@@ -1,23 +1,16 @@
 """The scripts compiled once, silence in the logs, and which seeds to try."""
 
-import logging
 import os
-from collections.abc import Generator
 
 import pytest
-import structlog
 
 from shared.registry.loader import ScriptLibrary
 from tests.simulation.luahost import LuaHost
 
 
 @pytest.fixture(autouse=True)
-def quiet() -> Generator[None]:
+def quiet(quiet_logs: None) -> None:
     """Hundreds of failovers are logged by nobody."""
-    before = structlog.get_config()
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-    yield
-    structlog.configure(**before)
 
 
 @pytest.fixture(scope="session")

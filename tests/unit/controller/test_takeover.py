@@ -12,7 +12,6 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 import msgspec
 import pytest
 import redis.asyncio
-import structlog
 
 from shared.models.deployment import Deployment, DeploymentSpec, EngineKind, ReplicaBounds
 from shared.models.host import Hold, Member, MemberKind
@@ -32,9 +31,8 @@ Deed = Callable[[Stage], Awaitable[None]]
 
 
 @pytest.fixture(autouse=True)
-def quiet_logs() -> None:
-    """Log nothing below errors: thousands of acts are no news here."""
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
+def quiet(quiet_logs: None) -> None:
+    """Log nothing: thousands of acts are no news here."""
 
 
 @pytest.fixture
