@@ -16,6 +16,7 @@ import hashlib
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -29,11 +30,17 @@ TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 STAMP_NAME = "redmesh-engine.fingerprint"
 PROBE_TIMEOUT_S = 30.0
 IMPORT_TIMEOUT_S = 600.0
-# vLLM itself only warns when its kernels do not load, and fails much later.
-IMPORT_CHECK = (
-    "import torch, vllm, vllm._C, vllm.entrypoints.openai.api_server, vllm.v1.engine.core;"
-    "print('vllm', vllm.__version__, 'torch', torch.__version__)"
-)
+# vLLM itself only warns when its kernels do not load, and fails much later. It knows which of its
+# builds this processor can run (AVX2, AVX-512, GPU): the wrong one is an illegal instruction.
+IMPORT_CHECK = """
+import sys, torch, vllm
+from vllm.platforms import current_platform
+current_platform.import_kernels()
+import vllm.entrypoints.openai.api_server, vllm.v1.engine.core
+if not hasattr(torch.ops._C, "silu_and_mul"):
+    sys.exit("its kernels did not load on this processor")
+print("vllm", vllm.__version__, "torch", torch.__version__)
+"""
 
 
 class InstallError(Exception):
@@ -150,6 +157,17 @@ def build(home: Path, variant: str) -> None:
     (home / STAMP_NAME).write_text(fingerprint(variant) + "\n")
 
 
+def why(status: int, told: str) -> str:
+    """Say why a program failed: by its own last words, and by the signal that ended it, if any.
+
+    A program that a signal ends says nothing: an illegal instruction, or no memory left.
+    """
+    words = [f"ended by {signal.Signals(-status).name}"] if status < 0 else []
+    if told.strip():
+        words.append("\n" + told.strip()[-4000:])
+    return " ".join(words) or f"exit status {status}"
+
+
 def check_imports(python: Path) -> None:
     """Import vLLM once: proof that it is whole, and it fills the bytecode cache.
 
@@ -173,7 +191,7 @@ def check_imports(python: Path) -> None:
     except subprocess.TimeoutExpired as error:
         raise InstallError(f"importing vLLM took more than {IMPORT_TIMEOUT_S:.0f} s") from error
     if tried.returncode != 0:
-        raise InstallError(f"vLLM does not import:\n{tried.stderr.strip()[-4000:]}")
+        raise InstallError(f"vLLM does not import: {why(tried.returncode, tried.stderr)}")
     say(f"{tried.stdout.strip().splitlines()[-1]}: imports in {time.monotonic() - started:.0f} s")
 
 

@@ -108,3 +108,19 @@ def test_every_locked_package_has_a_hash(name: str) -> None:
     assert len(requirements) > 100
     for requirement in requirements:
         assert re.match(r"[a-z0-9._-]+==\S+ .*--hash=sha256:", requirement), requirement
+
+
+@pytest.mark.parametrize(
+    ("status", "told", "expected"),
+    [
+        (-4, "", "ended by SIGILL"),
+        (-9, "Loading\n", "ended by SIGKILL \nLoading"),
+        (1, "no module named vllm", "\nno module named vllm"),
+        (3, " ", "exit status 3"),
+    ],
+)
+def test_a_failed_import_says_why(
+    install: ModuleType, status: int, told: str, expected: str
+) -> None:
+    """A program that a signal ended says nothing of its own, so the installer names the signal."""
+    assert install.why(status, told) == expected
