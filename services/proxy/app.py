@@ -15,7 +15,6 @@ from services.proxy.api.hot import HotRoutes
 from services.proxy.api.listing import model_routes, refused
 from services.proxy.api.paths import ADDRESSED, ROUTES
 from services.proxy.resume.api import PATH, StreamRoutes
-from services.proxy.resume.room import StreamRoom
 from services.proxy.serving import Fleet
 
 _log = structlog.get_logger(__name__)
@@ -23,15 +22,14 @@ _log = structlog.get_logger(__name__)
 
 def build_app(
     fleet: Fleet,
-    room: StreamRoom,
+    hot: HotRoutes,
+    streams: StreamRoutes,
     *,
     version: str,
     ready: Readiness,
     metrics: Callable[[], bytes],
 ) -> Litestar:
-    """Build the application around `fleet` and the resumable streams in `room`."""
-    streams = StreamRoutes(room)
-    hot = HotRoutes(fleet, streams)
+    """Build the application around `fleet`, its hot routes and its resumable streams."""
     app = Litestar(
         route_handlers=[
             *(asgi(route.path, copy_scope=False)(hot.handler(route)) for route in ROUTES),

@@ -7,12 +7,14 @@ between waits in order.
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from litestar.types import Message
 
 from services.proxy.stepping import Rest, step
+
+Headers = Sequence[tuple[bytes, bytes]]
 
 
 class Outlet(Protocol):
@@ -33,7 +35,7 @@ class Outlet(Protocol):
         """Tell whether the last byte has been handed over."""
         ...
 
-    def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+    def start(self, status: int, headers: Headers) -> None:
         """Write the head of the answer."""
         ...
 
@@ -66,7 +68,7 @@ class Client:
         """Call `flowing` whenever a stalled client has taken what there was."""
         self._flowing = flowing
 
-    def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+    def start(self, status: int, headers: Headers) -> None:
         """Write the head of the answer."""
         self.started = True
         self._push({"type": "http.response.start", "status": status, "headers": headers})

@@ -235,9 +235,9 @@ class Exchange:
 
     # the replica's answer (upstream.Sink)
 
-    def answer_started(self, head: Head) -> None:
+    def answer_started(self, head: Head) -> bool:
         """Take the head of the answer; nothing is written until there is something to say."""
-        self._relay.head(head)
+        return self._relay.head(head)
 
     def answer_data(self, data: bytes, *, complete: bool) -> None:
         """Relay the next bytes."""

@@ -6,7 +6,9 @@ our own enums. Nothing a client sends becomes a label.
 
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Gauge
+
+from services.proxy.tally import Spreads, Tallies
 
 STATUS_CLASSES: Final = ("2xx", "4xx", "5xx", "cut", "gone")
 """Outcomes of a request: by status; `cut`: broken after its first byte; `gone`: client left."""
@@ -40,7 +42,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         r = self.registry
-        self.requests = Counter(
+        self.requests = Tallies(
             "redmesh_proxy_requests",
             "Requests by model and outcome.",
             ("model", "outcome"),
@@ -52,40 +54,40 @@ class Metrics:
         self.held = Gauge(
             "redmesh_proxy_held", "Requests waiting for a replica now.", ("model",), registry=r
         )
-        self.first_byte = Histogram(
+        self.first_byte = Spreads(
             "redmesh_proxy_first_byte_seconds",
             "From request to first byte of its answer.",
             ("model",),
-            buckets=_LATENCY_S,
+            bounds=_LATENCY_S,
             registry=r,
         )
-        self.duration = Histogram(
+        self.duration = Spreads(
             "redmesh_proxy_duration_seconds",
             "From request to the end of its answer.",
             ("model",),
-            buckets=_LATENCY_S,
+            bounds=_LATENCY_S,
             registry=r,
         )
-        self.events = Counter(
+        self.events = Tallies(
             "redmesh_proxy_stream_events",
             "Server-sent events relayed; about one for each token.",
             ("model",),
             registry=r,
         )
-        self.retries = Counter(
+        self.retries = Tallies(
             "redmesh_proxy_retries",
             "Tries that failed before the first byte, by reason.",
             ("model", "reason"),
             registry=r,
         )
-        self.failovers = Counter(
+        self.failovers = Tallies(
             "redmesh_proxy_stream_failovers",
             "Streams that lost their replica, by what became of them: gone on exactly, gone on "
             "with another sample, refused by the rules, or failed for want of a replica.",
             ("model", "outcome"),
             registry=r,
         )
-        self.resumes = Counter(
+        self.resumes = Tallies(
             "redmesh_proxy_stream_resumes",
             "Resumable streams that a client came back to (followed), and those that this proxy "
             "took over from another (taken_over).",
@@ -97,7 +99,7 @@ class Metrics:
             "Resumable streams that this proxy generates now.",
             registry=r,
         )
-        self.ejections = Counter(
+        self.ejections = Tallies(
             "redmesh_proxy_ejections", "Replicas ejected locally.", ("model",), registry=r
         )
         self.table_version = Gauge(
@@ -106,34 +108,34 @@ class Metrics:
         self.ready_replicas = Gauge(
             "redmesh_proxy_ready_replicas", "READY replicas in the table.", ("model",), registry=r
         )
-        self.batch_ops = Histogram(
+        self.batch_ops = Spreads(
             "redmesh_proxy_ledger_batch_operations",
             "Operations in one ledger call.",
             ("model",),
-            buckets=_BATCH_OPS,
+            bounds=_BATCH_OPS,
             registry=r,
         )
-        self.batch_s = Histogram(
+        self.batch_s = Spreads(
             "redmesh_proxy_ledger_batch_seconds",
             "Duration of one ledger call.",
             ("model",),
-            buckets=_BATCH_S,
+            bounds=_BATCH_S,
             registry=r,
         )
-        self.choice_s = Histogram(
+        self.choice_s = Spreads(
             "redmesh_proxy_choice_seconds",
             "From asking for a replica to having one, by the ledger or without it.",
             ("model",),
-            buckets=_BATCH_S,
+            bounds=_BATCH_S,
             registry=r,
         )
-        self.ledger_misses = Counter(
+        self.ledger_misses = Tallies(
             "redmesh_proxy_ledger_misses", "Deadlines the ledger missed.", ("model",), registry=r
         )
-        self.ledger_errors = Counter(
+        self.ledger_errors = Tallies(
             "redmesh_proxy_ledger_errors", "Ledger calls that failed.", ("model",), registry=r
         )
-        self.local_choices = Counter(
+        self.local_choices = Tallies(
             "redmesh_proxy_local_choices",
             "Replicas chosen without the ledger.",
             ("model",),
@@ -154,19 +156,19 @@ class Metrics:
             ("model",),
             registry=r,
         )
-        self.repairs = Counter(
+        self.repairs = Tallies(
             "redmesh_proxy_ledger_repairs",
             "Leases adopted or released by comparing.",
             ("model",),
             registry=r,
         )
-        self.recounted = Counter(
+        self.recounted = Tallies(
             "redmesh_proxy_ledger_recounted",
             "Totals and scores of a model that did not follow from its leases, and were corrected.",
             ("model",),
             registry=r,
         )
-        self.refused = Counter(
+        self.refused = Tallies(
             "redmesh_proxy_refused",
             "Requests answered by the proxy itself before a model was known.",
             ("status",),

@@ -8,6 +8,7 @@ An armed stream runs over a tape, which knows what was delivered. When its repli
 answer of another one goes on where it broke off: see `go_on`.
 """
 
+from collections.abc import Callable
 from enum import Enum
 from typing import Final
 
@@ -16,16 +17,16 @@ import msgspec
 from services.proxy import refusals
 from services.proxy.client import Outlet
 from services.proxy.continuation.tape import Tape
+from services.proxy.framing import LAST_CHUNK
 from services.proxy.refusals import Dialect, Refusal
 from services.proxy.retry import ENGINE_DEAD, Failure, classify
-from services.proxy.upstream import Head
+from services.proxy.upstream import EVENT_STREAM, Head
 
 UNARY_BUFFER_BYTES: Final = 8 << 20
 """An answer that is not a stream is held back up to this size; beyond it, it is passed on as it
 comes, and can no longer be fetched again. One that ends with its connection is held back whole:
 only its JSON tells whether it was cut."""
 
-_EVENT_STREAM: Final = b"text/event-stream"
 _COMPLETION_TOKENS: Final = b'"completion_tokens":'
 
 
@@ -57,6 +58,8 @@ class Relay:
         self._path = path
         self._head = Head(0)
         self._streams = False
+        self._in_chunks = False
+        """What is read are the replica's chunks, to be passed on as they are."""
         self._held: list[bytes] = []
         self._held_bytes = 0
         self._last = b""
@@ -64,6 +67,8 @@ class Relay:
         """A stream has begun, and another replica is to go on with it."""
         self.tape: Tape | None = None
         """Set for an armed stream."""
+        self.write_chunks: Callable[..., None] | None = None
+        """Set where a stream that is not armed may be passed on in the replica's own chunks."""
         self.failure: Failure | None = None
         self.detail = ""
         self.outcome = "2xx"
@@ -94,10 +99,14 @@ class Relay:
         """Tell whether the last byte has been handed over."""
         return self._client.ended
 
-    def head(self, head: Head) -> None:
-        """Take the head of the replica's answer."""
+    def head(self, head: Head) -> bool:
+        """Take the head of the replica's answer; tell whether its chunks are wanted as they are."""
         self._head = head
-        self._streams = head.status == 200 and head.content_type.startswith(_EVENT_STREAM)
+        self._streams = head.status == 200 and head.content_type.startswith(EVENT_STREAM)
+        self._in_chunks = (
+            self._streams and head.in_chunks and self.tape is None and self.write_chunks is not None
+        )
+        return self._in_chunks
 
     def feed(self, data: bytes, *, complete: bool) -> Step:
         """Take the next bytes; `complete` with the last."""
@@ -148,31 +157,35 @@ class Relay:
         """End a begun answer as an error; False where only cutting the connection can tell."""
         if not self._streams and not self._goes_on:
             return False
-        whole = self.tape is not None or self._last.endswith(b"\n\n")
+        whole = self.tape is not None or self._last.endswith((b"\n\n", b"\n\n\r\n"))
         boundary = b"" if whole else b"\n\n"
         self._client.write(boundary + refusal.event(self._dialect), more=False)
         return True
 
     def _feed_stream(self, data: bytes, *, complete: bool) -> Step:
         first = not self._client.started
-        if first and not data and not complete:
-            return Step.GOES_ON
-        if first and ENGINE_DEAD in data:
-            return self._fail(Failure.ENGINE_DEAD, "its engine has died")
-        if first and not data:
-            return self._fail(Failure.RESET, "an empty stream")
         if first:
+            if not data and not complete:
+                return Step.GOES_ON
+            if ENGINE_DEAD in data:
+                return self._fail(Failure.ENGINE_DEAD, "its engine has died")
+            if not data or (self._in_chunks and data == LAST_CHUNK):
+                return self._fail(Failure.RESET, "an empty stream")
             self._start()
         self._tokens += data.count(b"\n\n")
-        if complete and not self._head.framed and b"[DONE]" not in self._last + data:
+        if self._in_chunks and self.write_chunks is not None:
+            self._last = data
+            self.write_chunks(data, more=not complete)
+        elif not complete or self._head.framed or b"[DONE]" in self._last + data:
+            if data:
+                # Without framing the end is known by its words, and reads may split them.
+                self._last = data if self._head.framed else self._last[-16:] + data
+            self._client.write(data, more=not complete)
+        else:
             self._client.write(data, more=True)
             self._last = data or self._last
             self.detail = "the replica closed the connection before the end"
             return Step.BROKEN
-        if data:
-            # Without framing the end is known by its words, and reads may split them.
-            self._last = data if self._head.framed else self._last[-16:] + data
-        self._client.write(data, more=not complete)
         if first:
             return Step.STARTED
         return Step.ENDED if complete else Step.GOES_ON

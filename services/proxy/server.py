@@ -20,7 +20,9 @@ import uvicorn
 from litestar import Litestar
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from services.proxy.api.hot import HotRoutes
 from services.proxy.draining import CROSSING_S, IDLE_S, Ending, Refuser
+from services.proxy.lane import DirectCycle, Lane
 from services.proxy.refusals import Refusal
 from services.proxy.settings import ProxySettings
 from services.proxy.upstream import BOUNDARY_HEADERS
@@ -30,8 +32,6 @@ SWEEP_S: Final = 1.0
 LEAVE_SWEEP_S: Final = 0.05
 LINGER_S: Final = 30.0
 BACKLOG: Final = 4096
-IDLE_SLACK_S: Final = 2.0
-"""uvicorn closes an idle connection politely; this much later it is cut."""
 STOP_S: Final = 5.0
 """After answers were ended at the drain deadline, their last bytes get this long."""
 
@@ -75,6 +75,7 @@ class LimitedProtocol(HttpToolsProtocol):
     limits: ProxySettings
     ending: Ending
     refuser: Refuser
+    lane: Lane
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - uvicorn's own
         super().__init__(*args, **kwargs)
@@ -84,8 +85,8 @@ class LimitedProtocol(HttpToolsProtocol):
         self._too_large = False
         self._received = self._rest = b""
         self._resuming = False
-        self._unanswered: deque[RequestResponseCycle] = deque()
-        self._idle_cycle: RequestResponseCycle | None = None
+        self._unanswered: deque[RequestResponseCycle | DirectCycle] = deque()
+        self._idle_cycle: RequestResponseCycle | DirectCycle | None = None
         self._idle_since_s = 0.0
         self.head_since_s: float | None = None
         self.closing_since_s: float | None = None
@@ -100,10 +101,14 @@ class LimitedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell every request of this connection; uvicorn tells the last one only."""
         for cycle in self._unanswered:
-            if not cycle.response_complete:
+            if isinstance(cycle, DirectCycle):
+                cycle.lost()
+            elif not cycle.response_complete:
                 cycle.disconnected = True
                 cycle.message_event.set()
         self._unanswered.clear()
+        if isinstance(self.cycle, DirectCycle):
+            self.cycle = cast("Any", None)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -142,7 +147,9 @@ class LimitedProtocol(HttpToolsProtocol):
         """Begin to measure a head."""
         if self._resuming:
             return
-        super().on_message_begin()
+        self.url = b""
+        self.headers = []
+        self.expect_100_continue = False
         self._in_head = True
         self._head_bytes = 0
         if self.head_since_s is None:
@@ -153,14 +160,14 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._resuming:
             return
         self._grow(len(url))
-        super().on_url(url)
+        self.url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Measure, then parse."""
         if self._resuming:
             return
         self._grow(len(name) + len(value) + 4)
-        super().on_header(name, value)
+        self.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         """Stop waiting for the head."""
@@ -169,19 +176,78 @@ class LimitedProtocol(HttpToolsProtocol):
             return
         self._in_head = False
         self.head_since_s = None
+        cycle = self._direct()
+        if cycle is None:
+            self._to_application()
+            cycle = self.cycle
+        else:
+            self.cycle = cast("Any", cycle)
+        if self.ending.leaving:
+            cycle.keep_alive = False
+        unanswered = self._unanswered
+        while unanswered and unanswered[0].response_complete:
+            unanswered.popleft()
+        unanswered.append(cycle)
+
+    def _direct(self) -> DirectCycle | None:
+        """Take the request into the lane, if it is a usual one and nothing is before it."""
+        parser = self.parser
+        before = cast("RequestResponseCycle | DirectCycle | None", self.cycle)
+        if (
+            self.ending.refusing
+            or (before is not None and not before.response_complete)
+            or parser.get_method() != b"POST"
+            or parser.get_http_version() != "1.1"
+            or parser.should_upgrade()
+        ):
+            return None
+        return self.lane.take(
+            self,
+            self.url,
+            self.headers,
+            self.server_state.default_headers,
+            self.loop.time(),
+            keep_alive=parser.should_keep_alive(),
+        )
+
+    def _to_application(self) -> None:
+        """Have uvicorn go on with this request, as it would have from its beginning."""
         if self.ending.refusing:
             self.app = cast("Any", self.refuser)
+        url, headers = self.url, self.headers
+        super().on_message_begin()
+        for name, value in headers:
+            super().on_header(name, value)
+        self.url = url
         super().on_headers_complete()
-        if self.ending.leaving:
-            self.cycle.keep_alive = False
-        while self._unanswered and self._unanswered[0].response_complete:
-            self._unanswered.popleft()
-        self._unanswered.append(self.cycle)
+
+    def on_body(self, body: bytes) -> None:
+        """Hand on a piece of the body."""
+        cycle = cast("RequestResponseCycle | DirectCycle", self.cycle)
+        if isinstance(cycle, DirectCycle):
+            cycle.body_came(body)
+        else:
+            super().on_body(body)
 
     def on_message_complete(self) -> None:
         """Note the end of the body, unless the parser has merely stopped before it."""
-        if not self.parser.should_upgrade():
+        cycle = cast("RequestResponseCycle | DirectCycle", self.cycle)
+        if isinstance(cycle, DirectCycle):
+            cycle.body_ended()
+        elif not self.parser.should_upgrade():
             super().on_message_complete()
+
+    def answered(self) -> None:
+        """Go on with what was asked meanwhile; idle connections end by the sweep, not by timers."""
+        if self.pipeline:
+            super().on_response_complete()
+
+    def on_response_complete(self) -> None:
+        """Do the same after an answer of the application."""
+        if self.pipeline or self.transport.is_closing():
+            super().on_response_complete()
+        else:
+            self.flow.resume_reading()
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - ours says more
         """Refuse in our own shape."""
@@ -218,7 +284,7 @@ class LimitedProtocol(HttpToolsProtocol):
             if now_s - self.half_closed_s > CROSSING_S:
                 self.transport.close()
             return
-        cycle = cast("RequestResponseCycle | None", self.cycle)
+        cycle = cast("RequestResponseCycle | DirectCycle | None", self.cycle)
         if cycle is None and self.head_since_s is not None:
             idle_since_s = self.head_since_s
         elif cycle is not None and cycle.response_complete:
@@ -229,6 +295,11 @@ class LimitedProtocol(HttpToolsProtocol):
             self.half_closed_s = now_s
             self.transport.write_eof()
 
+    @property
+    def stalled(self) -> bool:
+        """Tell whether the client is slower than what is written to it."""
+        return self.stalled_since_s is not None
+
     def pause_writing(self) -> None:
         """Begin to measure how long the client takes nothing."""
         self.stalled_since_s = self.loop.time()
@@ -238,6 +309,20 @@ class LimitedProtocol(HttpToolsProtocol):
         """Stop measuring: the client has taken something."""
         self.stalled_since_s = None
         super().resume_writing()
+        cycle = cast("RequestResponseCycle | DirectCycle | None", self.cycle)
+        if isinstance(cycle, DirectCycle):
+            cycle.flows()
+
+    def sweep(self, now_s: float) -> None:
+        """End what takes too long; an idle connection, and a slow request, politely."""
+        if self.overdue(now_s):
+            self.transport.abort()
+            return
+        cycle = cast("RequestResponseCycle | DirectCycle | None", self.cycle)
+        if self._idle_for_s(now_s) > self.limits.client_keep_alive_s:
+            self.transport.close()
+        elif isinstance(cycle, DirectCycle):
+            self.lane.sweep(cycle, now_s)
 
     def overdue(self, now_s: float) -> bool:
         """Tell whether the client has taken too long: to send a head, to read, or to leave."""
@@ -249,16 +334,11 @@ class LimitedProtocol(HttpToolsProtocol):
         if since_s is not None and now_s - since_s > self.limits.client_stall_timeout_s:
             return True
         since_s = self.head_since_s
-        if since_s is not None:
-            return now_s - since_s > self.limits.header_timeout_s
-        return self._idle_for_s(now_s) > self.limits.client_keep_alive_s + IDLE_SLACK_S
+        return since_s is not None and now_s - since_s > self.limits.header_timeout_s
 
     def _idle_for_s(self, now_s: float) -> float:
-        """Say for how long nothing has been asked, whatever bytes still came.
-
-        uvicorn's own timer ends with the next byte, such as the rest of a refused body.
-        """
-        cycle = cast("RequestResponseCycle | None", self.cycle)
+        """Say for how long nothing has been asked, whatever bytes still came."""
+        cycle = cast("RequestResponseCycle | DirectCycle | None", self.cycle)
         if cycle is None or not cycle.response_complete:
             return 0.0
         if cycle is not self._idle_cycle:
@@ -315,8 +395,7 @@ class Server(uvicorn.Server):
             await asyncio.sleep(SWEEP_S)
             now_s = loop.time()
             for connection in self._connections():
-                if connection.overdue(now_s):
-                    connection.transport.abort()
+                connection.sweep(now_s)
 
     async def _take(self, accepted: socket.socket) -> None:
         made = self.config.http_protocol_class
@@ -342,8 +421,8 @@ class Server(uvicorn.Server):
         return cast("list[LimitedProtocol]", list(self.server_state.connections))
 
 
-def make_server(app: Litestar, settings: ProxySettings) -> Server:
-    """Make the server of the public port."""
+def make_server(app: Litestar, hot: HotRoutes, settings: ProxySettings) -> Server:
+    """Make the server of the public port: usual requests go to `hot`, all others to `app`."""
     # A cut answer is meant to end without its end; uvicorn calls that a fault of the application.
     logging.getLogger("uvicorn.error").addFilter(_not_about_cut_answers)
     ending = Ending()
@@ -351,6 +430,12 @@ def make_server(app: Litestar, settings: ProxySettings) -> Server:
     class Protocol(LimitedProtocol):
         limits = settings
 
+    Protocol.lane = Lane(
+        hot.enter,
+        hot.refuse,
+        max_body_bytes=settings.max_body_bytes,
+        body_timeout_s=settings.body_timeout_s,
+    )
     Protocol.ending = ending
     Protocol.refuser = Refuser(app, ending, max_body_bytes=settings.max_body_bytes)
     config = uvicorn.Config(
@@ -363,7 +448,6 @@ def make_server(app: Litestar, settings: ProxySettings) -> Server:
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        timeout_keep_alive=settings.client_keep_alive_s,
         timeout_graceful_shutdown=round(settings.drain_timeout_s + STOP_S),
     )
     return Server(config, ending)

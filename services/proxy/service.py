@@ -12,11 +12,13 @@ from typing import Final
 import prometheus_client
 import structlog
 
+from services.proxy.api.hot import HotRoutes
 from services.proxy.app import build_app
 from services.proxy.beats import Beats
 from services.proxy.convergence import Convergence
 from services.proxy.metrics import Metrics
 from services.proxy.pool import Endpoints
+from services.proxy.resume.api import StreamRoutes
 from services.proxy.resume.room import StreamRoom
 from services.proxy.server import STOP_S, Server, make_server
 from services.proxy.serving import Fleet
@@ -131,16 +133,17 @@ class Service:
 
     async def run(self, listening: socket.socket, port: int) -> None:
         """Serve until told to stop, then drain."""
-        server = make_server(
-            build_app(
-                self._fleet,
-                self._room,
-                version=_version(),
-                ready=self.ready,
-                metrics=self._show,
-            ),
-            self._settings,
+        streams = StreamRoutes(self._room)
+        hot = HotRoutes(self._fleet, streams)
+        app = build_app(
+            self._fleet,
+            hot,
+            streams,
+            version=_version(),
+            ready=self.ready,
+            metrics=self._show,
         )
+        server = make_server(app, hot, self._settings)
         pages = {
             **health_routes(self.ready),
             "/metrics": lambda: Answer(

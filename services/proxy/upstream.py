@@ -1,8 +1,9 @@
 """One HTTP/1.1 connection to a replica: our own lean client on asyncio's protocols.
 
 A request is written in one piece; the answer is parsed by llhttp and handed on once per read, not
-once per chunk or event. The connection says how an answer ended: `complete` only when the framing
-says so, so that a cut answer is never taken for a whole one.
+once per chunk or event. The chunks of an event stream are only counted off (`framing`). The
+connection says how an answer ended: `complete` only when the framing says so, so that a cut answer
+is never taken for a whole one.
 """
 
 import asyncio
@@ -10,6 +11,9 @@ from typing import Final, NamedTuple, Protocol, cast
 
 import httptools
 
+from services.proxy.framing import Chunks
+
+EVENT_STREAM: Final = b"text/event-stream"
 BOUNDARY_HEADERS: Final = frozenset({b"content-length", b"transfer-encoding"})
 BODILESS: Final = frozenset({204, 304})
 """Statuses of answers that end with their head."""
@@ -23,17 +27,22 @@ class Head(NamedTuple):
     retry_after: bytes = b""
     framed: bool = True
     """The answer says where it ends; otherwise it ends with the connection, whole or not."""
+    in_chunks: bool = False
+    """It is an event stream that can be handed on in the chunks in which it comes."""
 
 
 class Sink(Protocol):
     """Who listens to the answer of one request."""
 
-    def answer_started(self, head: "Head") -> None:
-        """Take the head of the answer."""
+    def answer_started(self, head: "Head") -> bool:
+        """Take the head of the answer; tell whether an event stream is wanted in its chunks."""
         ...
 
     def answer_data(self, data: bytes, *, complete: bool) -> None:
-        """Take the next bytes of the body; `complete` with the last ones (which may be empty)."""
+        """Take the next bytes of the body; `complete` with the last ones (which may be empty).
+
+        Where chunks are wanted (and come as chunks), these are whole ones, the last one included.
+        """
         ...
 
     def answer_lost(self, reason: str, *, stale: bool) -> None:
@@ -61,6 +70,8 @@ class Connection(asyncio.Protocol):
     """A connection to one replica; carries one request at a time."""
 
     __slots__ = (
+        "_chunked",
+        "_chunks",
         "_complete",
         "_content_type",
         "_framed",
@@ -89,6 +100,9 @@ class Connection(asyncio.Protocol):
         self._content_type = b""
         self._retry_after = b""
         self._framed = False
+        self._chunked = False
+        self._chunks: Chunks | None = None
+        """Set while an event stream comes in chunks."""
         self._head_due = False
         self._keep_alive = False
         self._complete = False
@@ -144,29 +158,63 @@ class Connection(asyncio.Protocol):
             # Bytes that nobody asked for: the connection is out of step.
             self.abort()
             return
-        self._got_bytes = True
         try:
-            self._parser.feed_data(data)
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            if self._chunks is not None:
+                body = self._chunks.take(data)
+                self._complete = self._chunks.ended
+            else:
+                self._got_bytes = True
+                body = self._parse(sink, data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade, ValueError) as error:
             self.abort()
             sink.answer_lost(f"the replica's answer is not HTTP: {error}", stale=False)
             return
-        if self._head_due:
-            self._head_due = False
-            sink.answer_started(
-                Head(self._status, self._content_type, self._retry_after, self._framed)
-            )
-        parts = self._parts
         complete = self._complete
-        if not parts and not complete:
+        if not body and not complete:
             return
-        body = parts[0] if len(parts) == 1 else b"".join(parts)
-        parts.clear()
         if self._sink is not sink:
             return  # the sink gave up on hearing the head
         if complete:
             self._finish()
         sink.answer_data(body, complete=complete)
+
+    def _parse(self, sink: Sink, data: bytes) -> bytes:
+        """Have llhttp parse what is read; an event stream that begins leaves it after its head."""
+        feed = self._parser.feed_data
+        if self._status:
+            feed(data)
+        else:
+            end = data.find(b"\r\n\r\n") + 4
+            feed(data[:end] if end >= 4 else data)
+            rest = data[end:] if end >= 4 else b""
+            if self._head_due:
+                self._head_due = False
+                in_chunks = (
+                    self._chunked and end >= 4 and self._content_type.startswith(EVENT_STREAM)
+                )
+                as_chunks = sink.answer_started(
+                    Head(
+                        self._status,
+                        self._content_type,
+                        self._retry_after,
+                        self._framed,
+                        in_chunks,
+                    )
+                )
+                if self._sink is not sink:
+                    return b""
+                if in_chunks:
+                    self._parser = httptools.HttpResponseParser(self)
+                    self._chunks = Chunks(framed=as_chunks)
+                    body = self._chunks.take(rest)
+                    self._complete = self._chunks.ended
+                    return body
+            if rest:
+                feed(rest)
+        parts = self._parts
+        body = parts[0] if len(parts) == 1 else b"".join(parts)
+        parts.clear()
+        return body
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell the sink: a body without framing is complete now, any other was cut."""
@@ -191,6 +239,7 @@ class Connection(asyncio.Protocol):
         self._content_type = b""
         self._retry_after = b""
         self._framed = False
+        self._chunked = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Keep the few headers that matter."""
@@ -199,6 +248,7 @@ class Connection(asyncio.Protocol):
             self._content_type = value
         elif lowered in BOUNDARY_HEADERS:
             self._framed = True
+            self._chunked = value.lower() == b"chunked"
         elif lowered == b"retry-after":
             self._retry_after = value
 
@@ -212,6 +262,8 @@ class Connection(asyncio.Protocol):
         if status >= 200:
             self._status = status
             self._head_due = True
+            # Asked here: an event stream's end is not seen by the parser.
+            self._keep_alive = self._parser.should_keep_alive()
 
     def on_body(self, body: bytes) -> None:
         """Collect a piece of the body."""
@@ -221,11 +273,11 @@ class Connection(asyncio.Protocol):
         """Note the end of the answer."""
         if self._status >= 200:
             self._complete = True
-            # Asked here: once this callback returns, the parser has forgotten the answer.
-            self._keep_alive = self._parser.should_keep_alive()
 
     def _finish(self) -> None:
         self._sink = None
+        self._chunks = None
+        self._status = 0
         self._reused = True
         self.resume()
         transport = self._transport

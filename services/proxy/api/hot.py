@@ -15,7 +15,7 @@ from litestar.types import HTTPScope, Receive, Scope, Send
 
 from services.proxy import refusals
 from services.proxy.api.paths import ADDRESSED, CHAT, Route
-from services.proxy.client import Client
+from services.proxy.client import Client, Outlet
 from services.proxy.continuation.tape import Tape
 from services.proxy.exchange import Exchange
 from services.proxy.inbound import (
@@ -28,6 +28,7 @@ from services.proxy.inbound import (
     text_request,
     with_model,
 )
+from services.proxy.lane import DirectCycle, Head
 from services.proxy.presence import Presence
 from services.proxy.refusals import Dialect, Refusal
 from services.proxy.relay import Relay
@@ -53,33 +54,6 @@ class _GoneError(Exception):
 
 class _TooLargeError(Exception):
     """The body is over the limit, and perhaps not at its end."""
-
-
-class _Head:
-    """What matters of a request's head."""
-
-    __slots__ = ("content_type", "length", "request_id", "resumable")
-
-    def __init__(self, headers: Any) -> None:  # noqa: ANN401 - ASGI: iterable of pairs of bytes
-        self.content_type = b""
-        self.length = -1
-        self.resumable = b""
-        given_id = b""
-        for name, value in headers:
-            if name == b"content-type":
-                self.content_type = value
-            elif name == b"content-length":
-                self.length = int(value) if value.isdigit() else -1
-            elif name == b"x-request-id":
-                given_id = value
-            elif name == b"x-redmesh-resumable":
-                self.resumable = value
-        self.request_id = request_id_of(given_id)
-
-    @property
-    def media_type(self) -> str:
-        """The content type without its parameters."""
-        return self.content_type.partition(b";")[0].strip().lower().decode("latin-1")
 
 
 class HotRoutes:
@@ -112,9 +86,10 @@ class HotRoutes:
         receive: Receive,
         send: Send,
         route: Route,
-        act: Callable[[HTTPScope, _Head, Receive, Send, Route], Awaitable[None]],
+        act: Callable[[HTTPScope, Head, Receive, Send, Route], Awaitable[None]],
     ) -> None:
-        head = _Head(scope["headers"])
+        head = Head(scope["headers"])
+        head.request_id = request_id_of(head.request_id)
         if scope["method"] != "POST":
             refusal = refusals.wrong_method(scope["method"], "POST")
             await self._refuse(send, refusal, head.request_id, route.dialect)
@@ -127,12 +102,9 @@ class HotRoutes:
             return
 
     async def _ordinary(
-        self, scope: HTTPScope, head: _Head, receive: Receive, send: Send, route: Route
+        self, scope: HTTPScope, head: Head, receive: Receive, send: Send, route: Route
     ) -> None:
-        if not head.content_type.startswith(b"application/json"):
-            media_type = head.media_type
-            if not (media_type.startswith("application/") and media_type.endswith("json")):
-                raise RefusedError(refusals.wrong_content_type(media_type, JSON))
+        _check_json(head)
         body = await self._body(head, receive)
         given = peek(body)
         table = self._resolve(named_model(given))
@@ -144,7 +116,7 @@ class HotRoutes:
             await self._serve(table, request, receive, send, route, Relay)
 
     async def _addressed(
-        self, scope: HTTPScope, head: _Head, receive: Receive, send: Send, route: Route
+        self, scope: HTTPScope, head: Head, receive: Receive, send: Send, route: Route
     ) -> None:
         path = scope["raw_path"].decode("latin-1") if "raw_path" in scope else scope["path"]
         name = unquote(path.partition(ADDRESSED)[2]).strip("/")
@@ -187,21 +159,9 @@ class HotRoutes:
         route: Route,
         shape: type[Relay],
     ) -> None:
-        fleet = self._fleet
-        served = fleet.of(table)
-        request.output_tokens = served.output.expect(request.client_limit_tokens, request.choices)
-        client = Client(send, fleet.pumps)
-        relay = shape(
-            client,
-            request_id=request.request_id,
-            dialect=route.dialect,
-            model=table.model,
-            path=route.path,
-        )
-        if request.tape is not None and table.spec.stream_failover is not StreamFailover.OFF:
-            relay.tape = Tape(request.tape)
+        client = Client(send, self._fleet.pumps)
         waiting = Presence(receive)
-        exchange = Exchange(fleet, served, request, relay, waiting.cut)
+        exchange = self._exchange(table, request, route, shape, client, waiting.cut)
         client.on_flow(exchange.client_flows)
         exchange.begin()
         try:
@@ -214,7 +174,63 @@ class HotRoutes:
             raise
         exchange.client_gone()
 
-    async def _body(self, head: _Head, receive: Receive) -> bytes:
+    def _exchange(
+        self,
+        table: ModelTable,
+        request: Inbound,
+        route: Route,
+        shape: type[Relay],
+        client: Outlet,
+        cut: Callable[[], None],
+    ) -> Exchange:
+        served = self._fleet.of(table)
+        request.output_tokens = served.output.expect(request.client_limit_tokens, request.choices)
+        relay = shape(
+            client,
+            request_id=request.request_id,
+            dialect=route.dialect,
+            model=table.model,
+            path=route.path,
+        )
+        if request.tape is not None and table.spec.stream_failover is not StreamFailover.OFF:
+            relay.tape = Tape(request.tape)
+        elif isinstance(client, DirectCycle):
+            relay.write_chunks = client.write_chunks
+        return Exchange(self._fleet, served, request, relay, cut)
+
+    # the lane
+
+    def enter(self, cycle: DirectCycle, body: bytes) -> Exchange | None:
+        """Begin to answer a request of the lane; None if that is done already."""
+        head, route = cycle.head, cycle.route
+        head.request_id = request_id_of(head.request_id)
+        try:
+            _check_json(head)
+            given = peek(body)
+            table = self._resolve(named_model(given))
+            request = inbound(route.upstream, body, head.request_id, given)
+            exchange = self._exchange(table, request, route, Relay, cycle, cycle.cut)
+            exchange.begin()
+        except RefusedError as error:
+            self.refuse(cycle, error.refusal)
+        except Exception:  # noqa: BLE001 - as the application does: a fault of ours is a 500
+            _log.exception("request_failed", path=route.path)
+            self.refuse(cycle, refusals.internal())
+        else:
+            return exchange
+        return None
+
+    def refuse(self, cycle: DirectCycle, refusal: Refusal) -> None:
+        """Answer a request of the lane with an error of our own."""
+        if cycle.response_started:
+            cycle.cut()
+            return
+        self._fleet.metrics.refused.labels(str(refusal.status)).inc()
+        body, headers = _refusal_of(refusal, cycle.head.request_id, cycle.route.dialect)
+        cycle.start(refusal.status, headers)
+        cycle.write(body, more=False)
+
+    async def _body(self, head: Head, receive: Receive) -> bytes:
         limit = self._settings.max_body_bytes
         if head.length > limit:
             await self._discard(receive)
@@ -274,13 +290,28 @@ class HotRoutes:
         self, send: Send, refusal: Refusal, request_id: bytes, dialect: Dialect
     ) -> None:
         self._fleet.metrics.refused.labels(str(refusal.status)).inc()
-        body = refusal.body(dialect)
-        headers = refusal.headers(request_id, body)
-        if refusal.status in {408, 413}:
-            # What is left of the body will not be read: the connection cannot go on.
-            headers.append((b"connection", b"close"))
+        body, headers = _refusal_of(refusal, request_id, dialect)
         await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
         await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+def _check_json(head: Head) -> None:
+    if not head.content_type.startswith(b"application/json"):
+        media_type = head.media_type
+        if not (media_type.startswith("application/") and media_type.endswith("json")):
+            raise RefusedError(refusals.wrong_content_type(media_type, JSON))
+
+
+def _refusal_of(
+    refusal: Refusal, request_id: bytes, dialect: Dialect
+) -> tuple[bytes, list[tuple[bytes, bytes]]]:
+    """Give the body and the headers of an error answer."""
+    body = refusal.body(dialect)
+    headers = refusal.headers(request_id, body)
+    if refusal.status in {408, 413}:
+        # What is left of the body will not be read: the connection cannot go on.
+        headers.append((b"connection", b"close"))
+    return body, headers
 
 
 async def _received(receive: Receive) -> Any:  # noqa: ANN401 - an ASGI message

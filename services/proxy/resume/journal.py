@@ -16,7 +16,7 @@ from typing import Final
 
 import msgspec
 
-from services.proxy.client import Client
+from services.proxy.client import Client, Headers
 from services.proxy.continuation.tape import Tape
 from services.proxy.resume.events import numbered
 from shared.registry.streams import Append
@@ -56,7 +56,7 @@ class Journal:
         self.full = asyncio.Event()
         """Set when waiting for more makes no sense."""
         self._stream = stream.encode()
-        self._head: tuple[int, list[tuple[bytes, bytes]]] | None = None
+        self._head: tuple[int, Headers] | None = None
         self._early: list[bytes] = []
         self._pending: list[bytes] = []
         self._pending_bytes = 0
@@ -81,7 +81,7 @@ class Journal:
         kept = self.keeping in {Keeping.OPENING, Keeping.KEPT}
         return not kept and self.client is not None and self.client.stalled
 
-    def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+    def start(self, status: int, headers: Headers) -> None:
         """Take the head of the answer."""
         self.started = True
         self._head = (status, headers)

@@ -8,10 +8,12 @@ from typing import Any, Protocol, Self
 import httpx
 import msgspec
 
+from services.proxy.api.hot import HotRoutes
 from services.proxy.app import build_app
 from services.proxy.beats import Beats
 from services.proxy.metrics import Metrics
 from services.proxy.pool import Endpoints
+from services.proxy.resume.api import StreamRoutes
 from services.proxy.resume.room import StreamRoom
 from services.proxy.resume.writing import Streams
 from services.proxy.server import bind, make_server
@@ -242,16 +244,19 @@ class Rig:
             random=source,
         )
         self.room = StreamRoom(self.fleet, self.journals)
+        streams = StreamRoutes(self.room)
+        hot = HotRoutes(self.fleet, streams)
         app = build_app(
             self.fleet,
-            self.room,
+            hot,
+            streams,
             version="0",
             ready=lambda: self.not_ready,
             metrics=lambda: b"# metrics\n",
         )
         listening = bind("127.0.0.1", 0)
         self.port: int = listening.getsockname()[1]
-        self.server = make_server(app, self.settings)
+        self.server = make_server(app, hot, self.settings)
         loop = asyncio.get_running_loop()
         self._serving = loop.create_task(self.server.serve(sockets=[listening]))
         self._loops = [
