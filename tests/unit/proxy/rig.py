@@ -262,6 +262,7 @@ class Rig:
         self._loops = [
             loop.create_task(self.fleet.run_sweeps()),
             loop.create_task(self.fleet.run_polls()),
+            loop.create_task(self.server.sweep_connections()),
         ]
         await wait_until(lambda: self.server.started)
         self.http = httpx.AsyncClient(base_url=f"http://127.0.0.1:{self.port}", timeout=20)
