@@ -79,8 +79,9 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - uvicorn's own
         super().__init__(*args, **kwargs)
-        self._head_bytes = 0
         self._unparsed_bytes = 0
+        self._spans = False
+        """The head came in more than one read."""
         self._in_head = False
         self._too_large = False
         self._received = self._rest = b""
@@ -117,14 +118,22 @@ class LimitedProtocol(HttpToolsProtocol):
             return  # it crossed our end; the client sees that, and asks elsewhere
         in_head = self._in_head
         self._received = data
-        while self._received:
-            self._rest = b""
-            super().data_received(self._received)
-            self._received = self._rest
-        if not (in_head and self._in_head):
-            self._unparsed_bytes = 0
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserError:
+            self.send_400_response("")
             return
-        self._unparsed_bytes += len(data)
+        except httptools.HttpParserUpgrade:
+            self._unsupported_upgrade_warning()
+            if self._rest:
+                rest, self._rest = self._rest, b""
+                self.data_received(rest)
+            return
+        self._received = b""
+        if not self._in_head:
+            return
+        self._spans = True
+        self._unparsed_bytes += len(data) if in_head else 0
         if self._unparsed_bytes > self.limits.max_header_bytes and not self.transport.is_closing():
             self._too_large = True
             self.send_400_response("")
@@ -151,23 +160,20 @@ class LimitedProtocol(HttpToolsProtocol):
         self.headers = []
         self.expect_100_continue = False
         self._in_head = True
-        self._head_bytes = 0
+        self._spans = False
+        self._unparsed_bytes = 0
         if self.head_since_s is None:
             self.head_since_s = self.loop.time()
 
     def on_url(self, url: bytes) -> None:
-        """Measure, then parse."""
-        if self._resuming:
-            return
-        self._grow(len(url))
-        self.url += url
+        """Keep the target, which may come in pieces."""
+        if not self._resuming:
+            self.url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Measure, then parse."""
-        if self._resuming:
-            return
-        self._grow(len(name) + len(value) + 4)
-        self.headers.append((name.lower(), value))
+        """Keep a header."""
+        if not self._resuming:
+            self.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         """Stop waiting for the head."""
@@ -176,6 +182,8 @@ class LimitedProtocol(HttpToolsProtocol):
             return
         self._in_head = False
         self.head_since_s = None
+        if self._spans or len(self._received) > self.limits.max_header_bytes:
+            self._measure_head()
         cycle = self._direct()
         if cycle is None:
             self._to_application()
@@ -346,9 +354,9 @@ class LimitedProtocol(HttpToolsProtocol):
             self._idle_since_s = now_s
         return now_s - self._idle_since_s
 
-    def _grow(self, size: int) -> None:
-        self._head_bytes += size
-        if self._head_bytes > self.limits.max_header_bytes:
+    def _measure_head(self) -> None:
+        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+        if size > self.limits.max_header_bytes:
             self._too_large = True
             raise _HeadTooLargeError
 
