@@ -49,6 +49,7 @@ class Exchange:
         "_held_until_s",
         "_inbound",
         "_ledger_id",
+        "_now_s",
         "_number",
         "_phase",
         "_relay",
@@ -71,6 +72,7 @@ class Exchange:
         cut_client: Callable[[], None],
     ) -> None:
         self._fleet = fleet
+        self._now_s = fleet.now_s
         self._served = served
         self._inbound = inbound
         self._relay = relay
@@ -132,7 +134,7 @@ class Exchange:
         self._retry = None
         self._attempts += 1
         self._ledger_id = f"{self._number:x}-{self._attempts}"
-        excluded = self._tries.excluded(self._served, self._fleet.now_s())
+        excluded = self._tries.excluded(self._served, self._now_s())
         self._served.reservations.reserve(
             self._ledger_id, self._failover.cost_tokens, excluded, self._reserved
         )
@@ -165,7 +167,7 @@ class Exchange:
                 self._refuse(self._served.full())
                 return
             self._ticket = room.ticket(first=self._relay.started)
-            self._held_until_s = min(self._fleet.now_s() + timeout_s, self._deadline_s)
+            self._held_until_s = min(self._now_s() + timeout_s, self._deadline_s)
         elif not self._served.table.ready:
             # Waiting for a replica to come takes longer than waiting for one to have room.
             hold_until_s = self._started_s + self._hold_s()
@@ -230,7 +232,7 @@ class Exchange:
         self._phase = Phase.SENT
         self._tries.sent += 1
         self._connection = connection
-        self._heard_s = self._fleet.now_s()
+        self._heard_s = self._now_s()
         connection.send(self, endpoint.request(path, self._inbound.request_id, body))
 
     # the replica's answer (upstream.Sink)
@@ -241,21 +243,26 @@ class Exchange:
 
     def answer_data(self, data: bytes, *, complete: bool) -> None:
         """Relay the next bytes."""
-        self._heard_s = self._fleet.now_s()
+        self._heard_s = self._now_s()
         if complete:
             self._connection = None
         relay = self._relay
         outcome = relay.feed(data, complete=complete)
-        if self._phase is Phase.DONE:
-            return
+        if outcome is Step.GOES_ON and self._phase is Phase.ANSWERING:  # nearly always
+            if relay.client.stalled and self._connection is not None:
+                self._connection.pause()
+        elif self._phase is not Phase.DONE:
+            self._stepped(outcome)
+
+    def _stepped(self, outcome: Step) -> None:
+        """Draw the consequences of what was read."""
+        relay = self._relay
         if outcome is Step.STARTED:
             self._answering()
             outcome = Step.ENDED if relay.ended else Step.GOES_ON
         if outcome is Step.GOES_ON:
             if self._phase is Phase.SENT and relay.goes_on:
                 self._gone_on()
-            if relay.stalled and self._connection is not None:
-                self._connection.pause()
         elif outcome is Step.ENDED:
             self._answered()
             self._finish(relay.outcome)
@@ -271,7 +278,7 @@ class Exchange:
         self._connection = None
         if self._phase is Phase.ANSWERING:
             self._interrupted(Failure.RESET, f"the replica's connection ended ({reason})")
-        elif stale and not self._fresh_only and self._fleet.now_s() - self._heard_s < STALE_S:
+        elif stale and not self._fresh_only and self._now_s() - self._heard_s < STALE_S:
             # The replica closed an idle connection while the request was on its way.
             self._fresh_only = True
             self._tries.sent -= 1
@@ -282,7 +289,7 @@ class Exchange:
 
     def client_flows(self) -> None:
         """Go on reading: the client has taken what there was."""
-        self._heard_s = self._fleet.now_s()
+        self._heard_s = self._now_s()
         if self._connection is not None:
             self._connection.resume()
 
@@ -335,7 +342,7 @@ class Exchange:
         self._tries = Tries()
         self._ticket = 0
         self._silence_s = spec.inter_byte_timeout_s
-        self._deadline_s = self._fleet.now_s() + self._hold_s()
+        self._deadline_s = self._now_s() + self._hold_s()
         self._log("stream_interrupted", detail)
         return True
 
@@ -343,7 +350,7 @@ class Exchange:
         """End a try of which the client saw nothing."""
         self._stop_try()
         served = self._served
-        now_s = self._fleet.now_s()
+        now_s = self._now_s()
         served.metrics.retries[failure.value].inc()
         endpoint = self._endpoint
         if speaks_against(failure) and endpoint is not None and endpoint.breaker.failed(now_s):
@@ -356,7 +363,7 @@ class Exchange:
         self._decide(others_ready=self._tries.others(served))
 
     def _decide(self, *, others_ready: int) -> None:
-        now_s = self._fleet.now_s()
+        now_s = self._now_s()
         tries = self._tries
         verdict = tries.verdict(
             others_ready=others_ready,
@@ -381,7 +388,7 @@ class Exchange:
             self._reserve()
 
     def _give_up(self) -> None:
-        overdue = self._fleet.now_s() >= self._deadline_s
+        overdue = self._now_s() >= self._deadline_s
         self._refuse(self._tries.refusal(self._served, overdue=overdue))
 
     def _refuse(self, refusal: Refusal) -> None:
@@ -438,7 +445,7 @@ class Exchange:
         phase = self._phase
         if phase is Phase.ANSWERING:
             if now_s - self._heard_s > self._silence_s:
-                if self._relay.stalled:
+                if self._relay.client.stalled:
                     self._stop_try()
                     self._cut_client()
                     self._finish("gone")
@@ -486,7 +493,7 @@ class Exchange:
         served.exchanges.discard(self)
         metrics = served.metrics
         metrics.outcomes[outcome].inc()
-        metrics.duration.observe(self._fleet.now_s() - self._started_s)
+        metrics.duration.observe(self._now_s() - self._started_s)
         tokens = self._relay.tokens
         if tokens:
             metrics.events.inc(tokens)

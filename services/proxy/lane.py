@@ -34,11 +34,6 @@ class Line(Protocol):
 
     transport: asyncio.Transport
 
-    @property
-    def stalled(self) -> bool:
-        """Tell whether the client is slower than what is written to it."""
-        ...
-
     def answered(self) -> None:
         """Go on with what the client asks next."""
         ...
@@ -109,6 +104,7 @@ class DirectCycle:
         "response_complete",
         "response_started",
         "route",
+        "stalled",
     )
 
     def __init__(
@@ -137,6 +133,8 @@ class DirectCycle:
         self.response_started = False
         self.response_complete = False
         self.ended = False
+        self.stalled = False
+        """The client is slower than what is written: no more should be produced for now."""
 
     # the request
 
@@ -180,11 +178,6 @@ class DirectCycle:
     def started(self) -> bool:
         """Tell whether the head has been written: there is no way back."""
         return self.response_started
-
-    @property
-    def stalled(self) -> bool:
-        """Tell whether no more should be produced for now."""
-        return self._line.stalled
 
     def start(self, status: int, headers: Headers) -> None:
         """Begin the answer; its head travels with the first piece of its body."""

@@ -51,7 +51,8 @@ class Relay:
     def __init__(
         self, client: Outlet, *, request_id: bytes, dialect: Dialect, model: str, path: str
     ) -> None:
-        self._client = client
+        self.client = client
+        """Where the answer goes."""
         self._request_id = request_id
         self._dialect = dialect
         self._model = model
@@ -75,11 +76,6 @@ class Relay:
         self._tokens = 0
 
     @property
-    def stalled(self) -> bool:
-        """Tell whether the client is slower than the replica."""
-        return self._client.stalled
-
-    @property
     def tokens(self) -> int:
         """Tokens relayed; events where they are not counted: near enough for estimates."""
         return self._tokens if self.tape is None else len(self.tape.ids) or self._tokens
@@ -87,7 +83,7 @@ class Relay:
     @property
     def started(self) -> bool:
         """Tell whether the client has seen something: then there is no way back."""
-        return self._client.started
+        return self.client.started
 
     @property
     def goes_on(self) -> bool:
@@ -97,7 +93,7 @@ class Relay:
     @property
     def ended(self) -> bool:
         """Tell whether the last byte has been handed over."""
-        return self._client.ended
+        return self.client.ended
 
     def head(self, head: Head) -> bool:
         """Take the head of the replica's answer; tell whether its chunks are wanted as they are."""
@@ -115,7 +111,7 @@ class Relay:
             if tape is None:
                 return self._feed_stream(data, complete=complete)
             return self._feed_tape(tape, data, complete=complete)
-        if self._client.started:
+        if self.client.started:
             return self._feed_begun(data, complete=complete)
         self._held.append(data)
         self._held_bytes += len(data)
@@ -123,7 +119,7 @@ class Relay:
             return self._whole(b"".join(self._held))
         if self._held_bytes > UNARY_BUFFER_BYTES and self._head.framed:
             self._start()
-            self._client.write(b"".join(self._held), more=True)
+            self.client.write(b"".join(self._held), more=True)
             self._held.clear()
             return Step.STARTED
         return Step.GOES_ON
@@ -135,7 +131,7 @@ class Relay:
         self._head = Head(0)
         self._streams = False
         self.failure = None
-        if self.tape is not None and not self._client.started:
+        if self.tape is not None and not self.client.started:
             self.tape.reset()
 
     def go_on(self) -> None:
@@ -150,8 +146,8 @@ class Relay:
     def refuse(self, refusal: Refusal) -> None:
         """Answer with an error of our own."""
         body = refusal.body(self._dialect)
-        self._client.start(refusal.status, refusal.headers(self._request_id, body))
-        self._client.write(body, more=False)
+        self.client.start(refusal.status, refusal.headers(self._request_id, body))
+        self.client.write(body, more=False)
 
     def break_off(self, refusal: Refusal) -> bool:
         """End a begun answer as an error; False where only cutting the connection can tell."""
@@ -159,11 +155,11 @@ class Relay:
             return False
         whole = self.tape is not None or self._last.endswith((b"\n\n", b"\n\n\r\n"))
         boundary = b"" if whole else b"\n\n"
-        self._client.write(boundary + refusal.event(self._dialect), more=False)
+        self.client.write(boundary + refusal.event(self._dialect), more=False)
         return True
 
     def _feed_stream(self, data: bytes, *, complete: bool) -> Step:
-        first = not self._client.started
+        first = not self.client.started
         if first:
             if not data and not complete:
                 return Step.GOES_ON
@@ -180,9 +176,9 @@ class Relay:
             if data:
                 # Without framing the end is known by its words, and reads may split them.
                 self._last = data if self._head.framed else self._last[-16:] + data
-            self._client.write(data, more=not complete)
+            self.client.write(data, more=not complete)
         else:
-            self._client.write(data, more=True)
+            self.client.write(data, more=True)
             self._last = data or self._last
             self.detail = "the replica closed the connection before the end"
             return Step.BROKEN
@@ -191,7 +187,7 @@ class Relay:
         return Step.ENDED if complete else Step.GOES_ON
 
     def _feed_tape(self, tape: Tape, data: bytes, *, complete: bool) -> Step:
-        first = not self._client.started
+        first = not self.client.started
         events = tape.feed(data)
         error = tape.error
         if complete and not tape.finished and not error:
@@ -206,19 +202,19 @@ class Relay:
         if events or complete:
             self._deliver(events, last=complete)
         if first:
-            return Step.STARTED if self._client.started else Step.GOES_ON
+            return Step.STARTED if self.client.started else Step.GOES_ON
         return Step.ENDED if complete else Step.GOES_ON
 
     def _deliver(self, events: bytes, *, last: bool) -> None:
         """Write whole events."""
-        if not self._client.started:
+        if not self.client.started:
             self._start()
-        self._client.write(events, more=not last)
+        self.client.write(events, more=not last)
 
     def _feed_begun(self, data: bytes, *, complete: bool) -> Step:
         if self._goes_on:
             return self._no_continuation(data, complete=complete)
-        self._client.write(data, more=not complete)
+        self.client.write(data, more=not complete)
         return Step.ENDED if complete else Step.GOES_ON
 
     def _no_continuation(self, data: bytes, *, complete: bool) -> Step:
@@ -250,7 +246,7 @@ class Relay:
             self.outcome = _outcome(status)
             self._tokens = _completion_tokens(body)
             self._start(len(body))
-            self._client.write(body, more=False)
+            self.client.write(body, more=False)
         return Step.STARTED
 
     def _own(self, refusal: Refusal) -> None:
@@ -275,7 +271,7 @@ class Relay:
         if self._streams:
             headers.append((b"cache-control", b"no-cache"))
             headers.append((b"x-accel-buffering", b"no"))
-        self._client.start(head.status, headers)
+        self.client.start(head.status, headers)
 
 
 def _outcome(status: int) -> str:

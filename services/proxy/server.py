@@ -189,6 +189,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self._to_application()
             cycle = self.cycle
         else:
+            cycle.stalled = self.stalled_since_s is not None
             self.cycle = cast("Any", cycle)
         if self.ending.leaving:
             cycle.keep_alive = False
@@ -303,15 +304,13 @@ class LimitedProtocol(HttpToolsProtocol):
             self.half_closed_s = now_s
             self.transport.write_eof()
 
-    @property
-    def stalled(self) -> bool:
-        """Tell whether the client is slower than what is written to it."""
-        return self.stalled_since_s is not None
-
     def pause_writing(self) -> None:
         """Begin to measure how long the client takes nothing."""
         self.stalled_since_s = self.loop.time()
         super().pause_writing()
+        cycle = cast("RequestResponseCycle | DirectCycle | None", self.cycle)
+        if isinstance(cycle, DirectCycle):
+            cycle.stalled = True
 
     def resume_writing(self) -> None:
         """Stop measuring: the client has taken something."""
@@ -319,6 +318,7 @@ class LimitedProtocol(HttpToolsProtocol):
         super().resume_writing()
         cycle = cast("RequestResponseCycle | DirectCycle | None", self.cycle)
         if isinstance(cycle, DirectCycle):
+            cycle.stalled = False
             cycle.flows()
 
     def sweep(self, now_s: float) -> None:

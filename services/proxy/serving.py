@@ -159,11 +159,9 @@ class Fleet:
         self._numbers = count(1)
         self._served: dict[str, Served] = {}
         self._loop = asyncio.get_running_loop()
+        self.now_s: Callable[[], float] = self._loop.time
+        """Gives the loop's monotonic time."""
         tables.on_change(self._table_changed)
-
-    def now_s(self) -> float:
-        """Return the loop's monotonic time."""
-        return self._loop.time()
 
     def next_number(self) -> int:
         """Give a request a number that is unique in this process, and so in the ledger."""

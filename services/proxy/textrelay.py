@@ -19,7 +19,7 @@ class TextRelay(Relay):
     def reset(self) -> None:
         """Forget a try that came to nothing."""
         super().reset()
-        if not self._client.started:
+        if not self.client.started:
             self._text = TextStream()
 
     def break_off(self, refusal: Refusal) -> bool:
@@ -28,7 +28,7 @@ class TextRelay(Relay):
         return False
 
     def _feed_stream(self, data: bytes, *, complete: bool) -> Step:
-        first = not self._client.started
+        first = not self.client.started
         reader = self._text
         self._tokens += data.count(b"\n\n")
         text = reader.feed(data)
@@ -39,7 +39,7 @@ class TextRelay(Relay):
                 dead = ENGINE_DEAD.decode() in reader.error
                 return self._fail(Failure.ENGINE_DEAD if dead else Failure.GATEWAY, reader.error)
             if text:
-                self._client.write(text, more=True)
+                self.client.write(text, more=True)
             self.detail = reader.error
             return Step.BROKEN
         if not text and not complete:
@@ -55,8 +55,8 @@ class TextRelay(Relay):
             self._write_text(text, last=last)
 
     def _write_text(self, text: bytes, *, last: bool) -> None:
-        if not self._client.started:
-            self._client.start(
+        if not self.client.started:
+            self.client.start(
                 200,
                 [
                     (b"content-type", b"text/plain; charset=utf-8"),
@@ -65,4 +65,4 @@ class TextRelay(Relay):
                     (b"x-accel-buffering", b"no"),
                 ],
             )
-        self._client.write(text, more=not last)
+        self.client.write(text, more=not last)
