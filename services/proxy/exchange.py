@@ -454,7 +454,7 @@ class Exchange:
         elif phase is Phase.HELD:
             if now_s >= self._held_until_s:
                 self._unhold()
-                self._waited_in_vain(now_s)
+                self._refuse(self._served.waited_in_vain(now_s - self._started_s))
         elif phase is Phase.SENT and self._relay.started:
             if now_s - self._heard_s > self._silence_s:
                 self._failed(Failure.SILENT, f"it was silent for {self._silence_s:g} s")
@@ -462,13 +462,6 @@ class Exchange:
             self._refuse(
                 refusals.too_slow(self._served.model, self._served.table.spec.request_timeout_s)
             )
-
-    def _waited_in_vain(self, now_s: float) -> None:
-        if self._served.table.ready:
-            self._refuse(self._served.full())
-        else:
-            waited_s = now_s - self._started_s
-            self._refuse(refusals.nothing_ready(self._served.model, waited_s))
 
     def _stop_try(self) -> None:
         self._unhold()

@@ -88,6 +88,12 @@ class Served:
         """Say to a client that there is no room for its request, and when to come again."""
         return refusals.busy(self.model, retry_after_s(self.room.waiting, self.finished_per_s))
 
+    def waited_in_vain(self, waited_s: float) -> Refusal:
+        """Say to a client that its request has waited for long enough."""
+        if self.table.ready:
+            return self.full()
+        return refusals.nothing_ready(self.model, waited_s)
+
     def ejected_now(self, now_s: float) -> list[str]:
         """Name the READY replicas that are ejected now, and forget those that no longer are."""
         for rid, breaker in list(self.ejected.items()):
