@@ -34,7 +34,7 @@ class LimitedProtocol(HttpToolsProtocol):
     limits: ProxySettings
     ending: Ending
     refuser: Refuser
-    lane: Lane
+    lane: Lane | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - uvicorn's own
         super().__init__(*args, **kwargs)
@@ -162,7 +162,8 @@ class LimitedProtocol(HttpToolsProtocol):
         parser = self.parser
         before = cast("RequestResponseCycle | DirectCycle | None", self.cycle)
         if (
-            self.ending.refusing
+            self.lane is None
+            or self.ending.refusing
             or (before is not None and not before.response_complete)
             or parser.get_method() != b"POST"
             or parser.get_http_version() != "1.1"
@@ -288,7 +289,7 @@ class LimitedProtocol(HttpToolsProtocol):
         cycle = cast("RequestResponseCycle | DirectCycle | None", self.cycle)
         if self._idle_for_s(now_s) > self.limits.client_keep_alive_s:
             self.transport.close()
-        elif isinstance(cycle, DirectCycle):
+        elif self.lane is not None and isinstance(cycle, DirectCycle):
             self.lane.sweep(cycle, now_s)
 
     def overdue(self, now_s: float) -> bool:

@@ -126,7 +126,7 @@ class Server(uvicorn.Server):
         return cast("list[LimitedProtocol]", list(self.server_state.connections))
 
 
-def make_server(app: Litestar, hot: HotRoutes, settings: ProxySettings) -> Server:
+def make_server(app: Litestar, settings: ProxySettings, hot: HotRoutes | None = None) -> Server:
     """Make the server of the public port: usual requests go to `hot`, all others to `app`."""
     # A cut answer is meant to end without its end; uvicorn calls that a fault of the application.
     logging.getLogger("uvicorn.error").addFilter(_not_about_cut_answers)
@@ -135,12 +135,13 @@ def make_server(app: Litestar, hot: HotRoutes, settings: ProxySettings) -> Serve
     class Protocol(LimitedProtocol):
         limits = settings
 
-    Protocol.lane = Lane(
-        hot.enter,
-        hot.refuse,
-        max_body_bytes=settings.max_body_bytes,
-        body_timeout_s=settings.body_timeout_s,
-    )
+    if hot is not None:
+        Protocol.lane = Lane(
+            hot.enter,
+            hot.refuse,
+            max_body_bytes=settings.max_body_bytes,
+            body_timeout_s=settings.body_timeout_s,
+        )
     Protocol.ending = ending
     Protocol.refuser = Refuser(app, ending, max_body_bytes=settings.max_body_bytes)
     config = uvicorn.Config(

@@ -143,7 +143,7 @@ class Service:
             ready=self.ready,
             metrics=self._show,
         )
-        server = make_server(app, hot, self._settings)
+        server = make_server(app, self._settings, hot)
         pages = {
             **health_routes(self.ready),
             "/metrics": lambda: Answer(

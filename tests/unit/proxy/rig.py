@@ -207,6 +207,8 @@ class Rig:
         self.not_ready: str | None = None
         self.journals: Streams = NoJournals()
         """Where resumable streams are kept; to be set before the proxy runs."""
+        self.lane = True
+        """Take usual requests beneath ASGI; to be set before the proxy runs."""
 
     async def __aenter__(self) -> Self:
         source = random.Random(7)
@@ -256,7 +258,7 @@ class Rig:
         )
         listening = bind("127.0.0.1", 0)
         self.port: int = listening.getsockname()[1]
-        self.server = make_server(app, hot, self.settings)
+        self.server = make_server(app, self.settings, hot if self.lane else None)
         loop = asyncio.get_running_loop()
         self._serving = loop.create_task(self.server.serve(sockets=[listening]))
         self._loops = [
