@@ -244,14 +244,15 @@ class Exchange:
     def answer_data(self, data: bytes, *, complete: bool) -> None:
         """Relay the next bytes."""
         self._heard_s = self._now_s()
+        relay = self._relay
         if complete:
             self._connection = None
-        relay = self._relay
-        outcome = relay.feed(data, complete=complete)
-        if outcome is Step.GOES_ON and self._phase is Phase.ANSWERING:  # nearly always
+        elif self._phase is Phase.ANSWERING and relay.usual(data):  # nearly always
             if relay.client.stalled and self._connection is not None:
                 self._connection.pause()
-        elif self._phase is not Phase.DONE:
+            return
+        outcome = relay.feed(data, complete=complete)
+        if self._phase is not Phase.DONE:
             self._stepped(outcome)
 
     def _stepped(self, outcome: Step) -> None:
@@ -263,6 +264,8 @@ class Exchange:
         if outcome is Step.GOES_ON:
             if self._phase is Phase.SENT and relay.goes_on:
                 self._gone_on()
+            if relay.client.stalled and self._connection is not None:
+                self._connection.pause()
         elif outcome is Step.ENDED:
             self._answered()
             self._finish(relay.outcome)

@@ -124,6 +124,18 @@ class Relay:
             return Step.STARTED
         return Step.GOES_ON
 
+    def usual(self, data: bytes) -> bool:
+        """Pass on the next bytes of a stream that has begun, if nothing about them is unusual."""
+        if self._in_chunks and self.write_chunks is not None:
+            self._tokens += data.count(b"\n\n")
+            self._last = data
+            self.write_chunks(data, more=True)
+            return True
+        if self.tape is not None and (event := self.tape.usual(data)):
+            self.client.write(event, more=True)
+            return True
+        return False
+
     def reset(self) -> None:
         """Forget a try that came to nothing."""
         self._held.clear()

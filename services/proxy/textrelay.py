@@ -16,6 +16,11 @@ class TextRelay(Relay):
         super().__init__(client, request_id=request_id, dialect=dialect, model=model, path=path)
         self._text = TextStream()
 
+    def usual(self, data: bytes) -> bool:
+        """Look at everything: text is taken out of its events."""
+        del data
+        return False
+
     def reset(self) -> None:
         """Forget a try that came to nothing."""
         super().reset()

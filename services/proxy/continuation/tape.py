@@ -172,8 +172,7 @@ class Tape:
 
         Sets `error` where the stream says or shows that it is lost; what came before is returned.
         """
-        before = self._before_text
-        if before and data.startswith(before) and (event := self._usual(data)):
+        if event := self.usual(data):
             return event
         if self._rest:
             data = self._rest + data
@@ -197,13 +196,16 @@ class Tape:
                 break
         return data if self._options.wants_ids else _IDS.sub(_NO_IDS, data)
 
-    def _usual(self, data: bytes) -> bytes:
+    def usual(self, data: bytes) -> bytes:
         """Take one chunk that looks like the one before it, without parsing it; else return none.
 
         Nearly every chunk differs from the last one in its text and its one token id only. What
         stands between the two known parts is text if it has no quote and no escape.
         """
-        begin, after = len(self._before_text), self._after_text
+        before = self._before_text
+        if not before or not data.startswith(before):
+            return b""
+        begin, after = len(before), self._after_text
         at = data.find(after, begin)
         text = data[begin:at]
         token = data[at + len(after) : -len(_TAIL)]
