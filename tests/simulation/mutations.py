@@ -40,7 +40,7 @@ LEDGER = {
         "ledger/hot", "rid == wanted and cost == operation.cost", "rid == wanted"
     ),
     "a holder is not put into px": Mutation(
-        "ledger/hot", "and not known then", "if false then", theme="proxies, data"
+        "ledger/hot", "and not known then", "and false then", theme="proxies, data"
     ),
     "totals are not written": Mutation("lib/settle", "if book.total > 0", "if false"),
     "the cap is one too high": Mutation("lib/score", "requests >= rate.cap", "requests > rate.cap"),
