@@ -88,7 +88,7 @@ class Connection:
         self._scripts = scripts
         self._troubles = Troubles(shown_url, scripts)
         self._heads: dict[tuple[str, tuple[str, ...]], Head] = {}
-        self._calls: set[asyncio.Task[None]] = set()
+        self._calls: set[asyncio.Task[Any]] = set()
         self.shown_url = shown_url
         """Where this goes, without user and password."""
 
@@ -124,9 +124,9 @@ class Connection:
         clusters are left to the client library, and take a task.
         """
         if self._wire is None:
-            task = asyncio.get_running_loop().create_task(self._told(script, keys, args, on_reply))
+            task = asyncio.get_running_loop().create_task(self.evalsha(script, keys, args))
             self._calls.add(task)
-            task.add_done_callback(self._calls.discard)
+            task.add_done_callback(partial(self._called, on_reply))
             return
         head = self._heads.get((script.name, keys))
         if head is None:
@@ -171,20 +171,16 @@ class Connection:
                 await self._pool.disconnect(inuse_connections=False)
         return self._troubles.of(error, script=script, key=key)
 
-    async def _told(
-        self,
-        script: ScriptSpec,
-        keys: tuple[str, ...],
-        args: Sequence[Argument],
-        on_reply: OnReply,
-    ) -> None:
-        reply: Any = RegistryUnavailableError(f"the connection to {self.shown_url} was closed")
-        try:
-            reply = await self.evalsha(script, keys, args)
-        except RegistryError as error:
-            reply = error
-        finally:
-            on_reply(reply)
+    def _called(self, on_reply: OnReply, task: asyncio.Task[Any]) -> None:
+        self._calls.discard(task)
+        if task.cancelled():
+            closed = f"the connection to Redis at {self.shown_url} was closed by us"
+            on_reply(RegistryUnavailableError(closed))
+            return
+        error = task.exception()
+        if error is not None and not isinstance(error, RegistryError):
+            raise error
+        on_reply(error or task.result())
 
     def _replied(
         self,

@@ -120,13 +120,16 @@ class Wire(asyncio.Protocol):
         if last is not _NOTHING and not isinstance(last, Exception):
             self.proven = True
 
+    def eof_received(self) -> None:
+        """Use it no more, from this moment on."""
+        self.end(redis.exceptions.ConnectionError("the server closed the connection"))
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Answer everything under way with the reason."""
         if self._before is not None:
             self._before.connection_lost(exc)  # the library's stream ends with its transport
             self._before = None
-        reason = exc or "the server closed the connection"
-        self.end(redis.exceptions.ConnectionError(str(reason)))
+        self.end(redis.exceptions.ConnectionError(f"the connection ended: {exc}"))
         self._writer = None
 
     def _check(self, due_s: float) -> None:

@@ -25,7 +25,6 @@ from shared.registry.ledger import BUSY, NONE
 from shared.secret import Secret
 from shared.settings import CommonSettings
 
-
 AGAIN_S: Final = 0.02
 
 
