@@ -21,22 +21,23 @@
 -- RETURN
 --   ver result..: routing version; A: rid, !BUSY (all full) or !NONE; R and D: 1 changed, 0 not
 --   error BADOP: an argument makes no sense; nothing was done
--- Cost: O(log replicas) per operation, at most 64 operations, 16 candidates and 16 exclusions each
+-- Cost: O(log replicas) per operation, at most 64 operations, 16 candidates and 16 exclusions each;
+--   some twenty commands a batch: all is read before the first operation, and written after the last
 -- Callers: proxy
 --@include lib/operations
---@include lib/choose
+--@include lib/holdings
+--@include lib/opened
 --@include lib/lease_of
+--@include lib/choose
 --@include lib/charge
 --@include lib/settle
+--@include lib/hold
+--@include lib/digits
 --@include lib/now_ms
 local keys = { ready = KEYS[1], weight = KEYS[2], cost = KEYS[3], nreq = KEYS[4] }
 local lease, px, ver, spec = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 local proxy = ARGV[1]
-redis.call('ZREM', keys.ready, '')
-redis.call('HDEL', keys.cost, '')
-redis.call('HDEL', keys.nreq, '')
 redis.call('HDEL', lease, '')
-redis.call('ZREM', px, '')
 
 local batch, bad = operations(ARGV, 2)
 if not batch then
@@ -46,36 +47,36 @@ local limits = redis.call('HMGET', spec, 'max_requests', 'affinity_absolute', 'a
 local max_requests = whole(limits[1], 1e9, 0, 1e9)
 local absolute = whole(limits[2], 0, 0, 1e15)
 local relative = math.max(1, math.min(1000, tonumber(limits[3]) or 1))
-local book = { accounts = {}, total = whole(redis.call('HGET', keys.nreq, '*'), 0, 0, 1e9) }
 local reply = { redis.call('GET', ver) or '0' }
 local known = redis.call('ZSCORE', px, proxy)
+local before, held = holdings(lease, batch)
+local book = opened(keys, batch, held)
 
-for _, operation in ipairs(batch) do
-  local request = operation.request
-  local rid, cost = lease_of(redis.call('HGET', lease, request))
-  local wanted = operation.rid
-  local keep = operation.verb == 'A' and rid and not operation.excluded[rid]
-    or operation.verb == 'D' and rid == wanted and cost == operation.cost
-  if keep then
-    reply[#reply + 1] = operation.verb == 'A' and rid or 0
+for index, operation in ipairs(batch) do
+  local verb, mine, wanted = operation.verb, held[operation.request], operation.rid
+  local rid, cost = lease_of(mine)
+  if verb == 'A' and rid and not operation.excluded[rid] then
+    reply[index + 1] = rid
+  elseif verb == 'D' and rid == wanted and cost == operation.cost then
+    reply[index + 1] = 0
   else
-    local removed = redis.call('HDEL', lease, request)
     if rid then
-      charge(keys, book, rid, -1, -cost)
+      charge(book, rid, -1, -cost)
     end
-    if operation.verb == 'A' then
+    if verb == 'A' then
       wanted = book.total >= max_requests and '!BUSY'
-        or choose(keys.ready, operation, absolute, relative)
+        or choose(keys, book, operation, absolute, relative)
     end
-    if wanted and string.sub(wanted, 1, 1) ~= '!' then
-      redis.call('HSET', lease, request, string.format('%s %.0f', wanted, operation.cost))
-      charge(keys, book, wanted, 1, operation.cost)
-      if not known then
-        known = redis.call('ZADD', px, string.format('%.0f', now_ms()), proxy)
-      end
+    local placed = wanted and string.sub(wanted, 1, 1) ~= '!'
+    held[operation.request] = placed and wanted .. ' ' .. digits(operation.cost) or false
+    if placed then
+      charge(book, wanted, 1, operation.cost)
     end
-    reply[#reply + 1] = operation.verb == 'A' and wanted or wanted and 1 or removed
+    reply[index + 1] = verb == 'A' and wanted or (wanted or mine) and 1 or 0
   end
 end
 settle(keys, book)
+if hold(lease, before, held) and not known then
+  redis.call('ZADD', px, digits(now_ms()), proxy)
+end
 return reply

@@ -23,6 +23,7 @@
 --@include lib/whole
 --@include lib/now_ms
 --@include lib/lease_of
+--@include lib/accounts
 --@include lib/charge
 --@include lib/settle
 local keys = { ready = KEYS[1], weight = KEYS[2], cost = KEYS[3], nreq = KEYS[4] }
@@ -42,7 +43,10 @@ local beat = tonumber(redis.call('ZSCORE', px, proxy) or nil)
 if beat and beat >= now_ms() - silence then
   return { 'ALIVE' }
 end
-local book = { accounts = {}, total = whole(redis.call('HGET', keys.nreq, '*'), 0, 0, 1e9) }
+local book = {
+  accounts = {}, places = {}, names = {}, charged = {}, rates = {},
+  total = whole(redis.call('HGET', keys.nreq, '*'), 0, 0, 1e9),
+}
 local found, cursor = {}, '0'
 repeat
   local page = redis.call('HSCAN', lease, cursor, 'COUNT', string.format('%d', limit))
@@ -51,18 +55,26 @@ repeat
     found[#found + 1] = page[2][index]
   end
 until cursor == '0' or #found >= 2 * limit
-local dropped = 0
+local texts, requests, rids, seen = {}, {}, {}, {}
 for index = 1, #found, 2 do
+  local request, rid = found[index], lease_of(found[index + 1])
   -- A scan may name a field twice.
-  if redis.call('HDEL', lease, found[index]) == 1 then
-    local rid, cost = lease_of(found[index + 1])
-    dropped = dropped + 1
-    if rid then
-      charge(keys, book, rid, -1, -cost)
-    end
+  if not texts[request] then
+    texts[request], requests[#requests + 1] = found[index + 1], request
+  end
+  if rid and not seen[rid] then
+    seen[rid], rids[#rids + 1] = true, rid
+  end
+end
+accounts(keys, book, rids, {})
+for _, request in ipairs(requests) do
+  local rid, cost = lease_of(texts[request])
+  if rid then
+    charge(book, rid, -1, -cost)
   end
 end
 settle(keys, book)
+local dropped = #requests > 0 and redis.call('HDEL', lease, unpack(requests)) or 0
 local left = redis.call('HLEN', lease)
 if left == 0 then
   redis.call('ZREM', px, proxy)

@@ -20,6 +20,7 @@
 --@include lib/digits
 --@include lib/now_ms
 --@include lib/lease_of
+--@include lib/rates
 --@include lib/score
 local ready, weight, cost, nreq, px = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 redis.call('ZREM', ready, '')
@@ -51,7 +52,7 @@ for index = 6, #KEYS do
     redis.call('ZADD', px, digits(now_ms()), ARGV[index - 5])
   end
 end
-local corrected = 0
+local corrected, known = 0, {}
 local function correct(key, right)
   local stored = redis.call('HGETALL', key)
   for index = 1, #stored, 2 do
@@ -70,7 +71,8 @@ end
 local scores = redis.call('ZRANGE', ready, '0', '-1', 'WITHSCORES')
 for index = 1, #scores, 2 do
   local rid = scores[index]
-  local place = score(costs[rid] or 0, requests[rid] or 0, redis.call('HGET', weight, rid))
+  local place = score(costs[rid] or 0, requests[rid] or 0,
+    rates(redis.call('HGET', weight, rid), known))
   if tonumber(scores[index + 1]) ~= place then
     redis.call('ZADD', ready, 'XX', digits(place), rid)
     corrected = corrected + 1

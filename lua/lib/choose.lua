@@ -1,37 +1,37 @@
--- choose(ready, operation, absolute, relative): the replica for one reservation, or !BUSY or !NONE.
--- The lowest score wins, ties by the caller's random number; an affinity candidate that is not
--- full wins while its score is at most max(lowest + absolute, lowest × relative).
-local function choose(ready, operation, absolute, relative)
-  local excluded, tries = operation.excluded, operation.tries
-  local lowest = redis.call('ZRANGE', ready, '0', string.format('%d', tries), 'WITHSCORES')
-  local first
-  for index = 1, #lowest, 2 do
-    if not excluded[lowest[index]] then
-      first = lowest[index + 1]
-      break
+-- choose(keys, book, operation, absolute, relative): the replica for one reservation, or !BUSY or
+-- !NONE. The lowest score wins, ties by the caller's random number; an affinity candidate that is
+-- not full wins while its score is at most max(lowest + absolute, lowest × relative).
+--@include lib/page
+local function choose(keys, book, operation, absolute, relative)
+  local excluded, places, names, ties = operation.excluded, book.places, book.names, book.ties
+  local lowest, count
+  repeat
+    lowest, count = math.huge, 0
+    for index = 1, #places do
+      local place = places[index]
+      if place <= lowest and not excluded[names[index]] then
+        if place < lowest then
+          lowest, count = place, 0
+        end
+        count = count + 1
+        ties[count] = index
+      end
     end
-  end
-  if not first then
+  until book.limit and lowest <= book.limit or not page(keys, book, 64)
+  if count == 0 then
     return '!NONE'
-  elseif tonumber(first) >= 4e15 then
+  elseif lowest >= 4e15 then
     return '!BUSY'
   end
-  local bound = math.max(tonumber(first) + absolute, tonumber(first) * relative)
-  for _, rid in ipairs(operation.affinity) do
-    local place = not excluded[rid] and tonumber(redis.call('ZSCORE', ready, rid) or nil)
-    if place and place < 4e15 and place <= bound then
-      return rid
+  if #operation.affinity > 0 then
+    local bound = math.max(lowest + absolute, lowest * relative)
+    for _, rid in ipairs(operation.affinity) do
+      local account = not excluded[rid] and book.accounts[rid]
+      local place = account and account.at and places[account.at]
+      if place and place < 4e15 and place <= bound then
+        return rid
+      end
     end
   end
-  local rank = redis.call('ZCOUNT', ready, '-inf', '(' .. first)
-  local ties = redis.call('ZCOUNT', ready, first, first)
-  local chosen
-  for step = 0, tries do
-    local at = string.format('%d', rank + (operation.random + step) % ties)
-    chosen = redis.call('ZRANGE', ready, at, at)[1]
-    if not excluded[chosen] then
-      break
-    end
-  end
-  return chosen
+  return names[ties[operation.random % count + 1]]
 end

@@ -3,6 +3,7 @@
 -- version.
 --@include lib/whole
 --@include lib/digits
+--@include lib/rates
 --@include lib/score
 --@include lib/next_version
 --@include lib/now_ms
@@ -21,7 +22,7 @@ local function enter(keys, rid, record, channel)
   if record.state == 'READY' then
     local cost = whole(redis.call('HGET', keys.cost, rid), 0, 0, 4e15)
     local requests = whole(redis.call('HGET', keys.nreq, rid), 0, 0, 1e9)
-    redis.call('ZADD', keys.ready, digits(score(cost, requests, weight)), rid)
+    redis.call('ZADD', keys.ready, digits(score(cost, requests, rates(weight, {}))), rid)
   else
     redis.call('ZREM', keys.ready, rid)
   end

@@ -1,20 +1,35 @@
--- settle(keys, book): write the totals that `charge` gathered.
+-- settle(keys, book): write the totals and scores that `charge` changed. Scores come first: the
+-- other keys have been read, so that whatever is wrong with a key shows before the first write.
 --@include lib/digits
 local function settle(keys, book)
-  local charged = false
-  for rid, account in pairs(book.accounts) do
-    charged = true
+  if #book.charged == 0 then
+    return
+  end
+  local places, requests, costs, idle = {}, {}, {}, {}
+  for index, rid in ipairs(book.charged) do
+    local account = book.accounts[rid]
+    places[2 * index - 1], places[2 * index] = digits(account.place), rid
     if account.requests > 0 then
-      redis.call('HSET', keys.nreq, rid, digits(account.requests))
-      redis.call('HSET', keys.cost, rid, digits(account.cost))
+      local next = #requests + 1
+      requests[next], requests[next + 1] = rid, digits(account.requests)
+      costs[next], costs[next + 1] = rid, digits(account.cost)
     else
-      redis.call('HDEL', keys.nreq, rid)
-      redis.call('HDEL', keys.cost, rid)
+      idle[#idle + 1] = rid
     end
   end
-  if charged and book.total > 0 then
-    redis.call('HSET', keys.nreq, '*', digits(book.total))
-  elseif charged then
-    redis.call('HDEL', keys.nreq, '*')
+  redis.call('ZADD', keys.ready, 'XX', unpack(places))
+  if #costs > 0 then
+    redis.call('HSET', keys.cost, unpack(costs))
+  end
+  if #idle > 0 then
+    redis.call('HDEL', keys.cost, unpack(idle))
+  end
+  if book.total > 0 then
+    redis.call('HSET', keys.nreq, '*', digits(book.total), unpack(requests))
+  else
+    idle[#idle + 1] = '*'
+  end
+  if #idle > 0 then
+    redis.call('HDEL', keys.nreq, unpack(idle))
   end
 end

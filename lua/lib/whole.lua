@@ -4,6 +4,10 @@ local function whole(text, default, low, high)
   local number = tonumber(text)
   if not number or number ~= number then
     return default
+  elseif number <= low then
+    return low
+  elseif number >= high then
+    return high
   end
-  return math.floor(math.max(low, math.min(high, number)))
+  return number - number % 1
 end

@@ -11,8 +11,10 @@ Operations of one request never overtake each other: while one is under way, the
 """
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from random import Random
 from typing import Final, Protocol
 
@@ -22,7 +24,17 @@ from services.proxy.breaker import RedisBreaker
 from services.proxy.live import Holding, LiveRequests
 from services.proxy.metrics import LedgerMetrics
 from shared.errors import RegistryError
-from shared.registry.ledger import BUSY, NONE, Adopt, BatchReply, Op, Release, Reserve
+from shared.registry.ledger import (
+    BUSY,
+    NONE,
+    TIE_BITS,
+    Adopt,
+    BatchReply,
+    OnBatchReply,
+    Op,
+    Release,
+    Reserve,
+)
 
 RESERVE_DEADLINE_S: Final = 0.1
 BATCH_LIMIT: Final = 64
@@ -40,24 +52,22 @@ Answer = Callable[[str], None]
 class BatchLedger(Protocol):
     """The part of the registry's ledger that is needed here."""
 
-    async def batch(self, model: str, proxy: str, ops: Sequence[Op]) -> BatchReply:
-        """Run up to 64 operations as one atomic step."""
+    def submit(self, model: str, proxy: str, ops: Sequence[Op], on_reply: OnBatchReply) -> None:
+        """Run up to 64 operations as one atomic step; `on_reply` is called once, later."""
         ...
 
 
 class _Entry:
     """One operation on its way to the ledger."""
 
-    __slots__ = ("answer", "answered", "asked_s", "cost_tokens", "deadline_s", "op", "request")
+    __slots__ = ("answer", "asked_s", "op", "request")
 
-    def __init__(self, request: str, op: Op) -> None:
-        self.request = request
+    def __init__(self, op: Op, answer: Answer | None = None, asked_s: float = 0.0) -> None:
+        self.request = op.request
         self.op = op
-        self.answer: Answer | None = None
-        self.answered = False
-        self.cost_tokens = 0
-        self.asked_s = 0.0
-        self.deadline_s = 0.0
+        self.answer = answer
+        """Who waits for a replica; nobody any more once one was given."""
+        self.asked_s = asked_s
 
 
 class Reservations:
@@ -92,7 +102,9 @@ class Reservations:
         self._flush_due = False
         self._urgent = False
         self._lingering: asyncio.TimerHandle | None = None
-        self._batches: set[asyncio.Task[None]] = set()
+        self._under_way = 0
+        self._landing: asyncio.Future[None] | None = None
+        self._closed = False
         self.breaker = breaker
         self.live = LiveRequests()
         self.dirty = False
@@ -110,56 +122,53 @@ class Reservations:
 
         `request` must be new for every try, so that tries cannot be confused.
         """
-        op = Reserve(request, cost_tokens, self._random.getrandbits(31), (), exclude)
-        entry = _Entry(request, op)
-        entry.answer = answer
-        entry.cost_tokens = cost_tokens
-        entry.asked_s = self._loop.time()
+        now_s = self._loop.time()
+        op = Reserve(request, cost_tokens, self._random.getrandbits(TIE_BITS), (), exclude)
+        entry = _Entry(op, answer, now_s)
         if self.breaker.open:
             self._decide_locally(entry)
             return
-        entry.deadline_s = entry.asked_s + RESERVE_DEADLINE_S
         self._undecided.append(entry)
         if self._deadline is None:
-            self._deadline = self._loop.call_at(entry.deadline_s, self._decide_overdue)
+            self._deadline = self._loop.call_at(now_s + RESERVE_DEADLINE_S, self._decide_overdue)
+        self._urgent = True
         self._enqueue(entry)
 
     def release(self, request: str) -> None:
         """End the holding of `request`; nothing happens if it has none."""
         if self.live.remove(request) is not None:
-            self._tell(request, Release(request))
+            self._tell(Release(request))
 
     def settle(self, request: str, cost_tokens: int) -> None:
         """Change what `request` holds, such as when its prompt has been worked off."""
         holding = self.live.get(request)
         if holding is not None and holding.cost_tokens != cost_tokens:
             holding.cost_tokens = cost_tokens
-            self._tell(request, Adopt(request, holding.rid, cost_tokens))
+            self._tell(Adopt(request, holding.rid, cost_tokens))
 
     def repair(self, adopt: Sequence[tuple[str, Holding]], release: Sequence[str]) -> None:
         """Send what a comparison with the ledger found."""
         for request, holding in adopt:
-            self._tell(request, Adopt(request, holding.rid, holding.cost_tokens))
+            self._tell(Adopt(request, holding.rid, holding.cost_tokens))
         for request in release:
-            self._tell(request, Release(request))
+            self._tell(Release(request))
 
     async def flushed(self, deadline_s: float) -> None:
         """Wait until nothing is under way, at most `deadline_s` seconds."""
-        until_s = self._loop.time() + deadline_s
-        while (self._queue or self._batches) and self._loop.time() < until_s:
-            self._flush()
-            if self._batches:
-                await asyncio.wait(self._batches, timeout=until_s - self._loop.time())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(deadline_s):
+                while self._queue or self._under_way:
+                    self._flush()
+                    if self._under_way:
+                        self._landing = self._loop.create_future()
+                        await self._landing
 
     async def aclose(self) -> None:
-        """Cancel what is under way."""
+        """Forget what is under way."""
+        self._closed = True
         for timer in (self._deadline, self._lingering):
             if timer is not None:
                 timer.cancel()
-        batches = list(self._batches)
-        for task in batches:
-            task.cancel()
-        await asyncio.gather(*batches, return_exceptions=True)
 
     def opened(self) -> None:
         """Decide everything that waits locally: the breaker has just opened."""
@@ -180,17 +189,17 @@ class Reservations:
 
     # the way to the ledger
 
-    def _tell(self, request: str, op: Op) -> None:
+    def _tell(self, op: Op) -> None:
         if self.breaker.open:
             self.dirty = True
             return
-        self._enqueue(_Entry(request, op))
+        self._enqueue(_Entry(op))
 
     def _enqueue(self, entry: _Entry) -> None:
         self._unsettled[entry.request] = self._unsettled.get(entry.request, 0) + 1
         self._queue.append(entry)
-        self._urgent = self._urgent or isinstance(entry.op, Reserve)
-        self._plan_flush()
+        if not self._flush_due:
+            self._plan_flush()
 
     def _plan_flush(self) -> None:
         """Send reserves with this turn of the loop; let others wait a little for company."""
@@ -206,29 +215,27 @@ class Reservations:
         if self._lingering is not None:
             self._lingering.cancel()
             self._lingering = None
-        while self._queue and len(self._batches) < BATCHES_UNDER_WAY:
+        while self._queue and self._under_way < BATCHES_UNDER_WAY and not self._closed:
             batch = self._take()
             if not batch:
                 return
-            task = self._loop.create_task(self._send(batch))
-            self._batches.add(task)
-            task.add_done_callback(self._sent)
-
-    def _sent(self, task: asyncio.Task[None]) -> None:
-        self._batches.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            _log.error("ledger_batch_failed", model=self._model, exc_info=error)
-        if self._queue:
-            self._plan_flush()
+            self._under_way += 1
+            self._ledger.submit(
+                self._model,
+                self._proxy,
+                [entry.op for entry in batch],
+                partial(self._landed, batch, self._loop.time()),
+            )
 
     def _take(self) -> list[_Entry]:
         batch: list[_Entry] = []
-        while self._queue and len(batch) < BATCH_LIMIT:
-            entry = self._queue.popleft()
-            if entry.request in self._flying:
+        queue, flying = self._queue, self._flying
+        while queue and len(batch) < BATCH_LIMIT:
+            entry = queue.popleft()
+            if entry.request in flying:
                 self._deferred.setdefault(entry.request, []).append(entry)
                 continue
-            if entry.answered and isinstance(entry.op, Reserve):
+            if entry.answer is None and isinstance(entry.op, Reserve):
                 # Decided locally while it waited: tell the ledger the decision instead.
                 holding = self.live.get(entry.request)
                 if holding is None:
@@ -236,64 +243,63 @@ class Reservations:
                     continue
                 entry.op = Adopt(entry.request, holding.rid, holding.cost_tokens)
             batch.append(entry)
-        if not self._queue:
+        if not queue:
             self._urgent = False
-        self._flying.update(entry.request for entry in batch)
+        flying.update([entry.request for entry in batch])
         return batch
 
-    async def _send(self, batch: list[_Entry]) -> None:
-        started_s = self._loop.time()
-        try:
-            reply = await self._ledger.batch(
-                self._model, self._proxy, [entry.op for entry in batch]
-            )
-        except RegistryError as error:
-            self._landed(batch)
-            self._failed(batch, error)
+    def _landed(
+        self, batch: list[_Entry], sent_s: float, reply: BatchReply | RegistryError
+    ) -> None:
+        """Take a batch back that was answered, or failed."""
+        self._under_way -= 1
+        if self._closed:
             return
-        except asyncio.CancelledError:
-            self._landed(batch)
-            raise
-        took_s = self._loop.time() - started_s
-        self._metrics.batch_ops.observe(len(batch))
-        self._metrics.batch_s.observe(took_s)
-        if took_s <= RESERVE_DEADLINE_S:
-            self.breaker.answered()
-        self._landed(batch)
-        for entry, result in zip(batch, reply.results, strict=True):
-            if isinstance(entry.op, Reserve):
-                self._answered(entry, str(result))
-        self._saw_version(reply.ver)
-
-    def _landed(self, batch: list[_Entry]) -> None:
         for entry in batch:
             self._flying.discard(entry.request)
             self._settled(entry.request)
-        for entry in batch:
-            later = self._deferred.pop(entry.request, None)
-            if later:
-                self._queue.extend(later)
+        if self._deferred:
+            for entry in batch:
+                later = self._deferred.pop(entry.request, None)
+                if later:
+                    self._queue.extend(later)
+        if isinstance(reply, RegistryError):
+            self._failed(batch, reply)
+        else:
+            self._answered(batch, reply, sent_s)
+        if self._queue:
+            self._plan_flush()
+        if self._landing is not None and not self._landing.done():
+            self._landing.set_result(None)
 
     def _settled(self, request: str) -> None:
-        left = self._unsettled[request] - 1
-        if left:
-            self._unsettled[request] = left
-        else:
-            del self._unsettled[request]
+        count = self._unsettled.pop(request)
+        if count > 1:
+            self._unsettled[request] = count - 1
 
     # what comes back
 
-    def _answered(self, entry: _Entry, result: str) -> None:
-        if not entry.answered:
-            self._give(entry, result)
-            return
-        # Too late: a local decision was made. Move the ledger to it.
-        holding = self.live.get(entry.request)
+    def _answered(self, batch: list[_Entry], reply: BatchReply, sent_s: float) -> None:
+        now_s = self._loop.time()
+        self._metrics.batch_ops.observe(len(batch))
+        self._metrics.batch_s.observe(now_s - sent_s)
+        if now_s - sent_s <= RESERVE_DEADLINE_S:
+            self.breaker.answered()
+        for entry, result in zip(batch, reply.results, strict=True):
+            if entry.answer is not None:
+                self._give(entry, str(result), now_s)
+            elif isinstance(entry.op, Reserve):
+                self._overtaken(entry.request, str(result))
+        self._saw_version(reply.ver)
+
+    def _overtaken(self, request: str, result: str) -> None:
+        """Move the ledger to the local decision that its answer came too late for."""
+        holding = self.live.get(request)
         if holding is None:
             if result not in {BUSY, NONE}:
-                self._tell(entry.request, Release(entry.request))
+                self._tell(Release(request))
         elif holding.rid != result:
-            self._tell(entry.request, Adopt(entry.request, holding.rid, holding.cost_tokens))
+            self._tell(Adopt(request, holding.rid, holding.cost_tokens))
 
     def _failed(self, batch: list[_Entry], error: RegistryError) -> None:
         self.dirty = True
@@ -310,9 +316,10 @@ class Reservations:
         missed = False
         while self._undecided:
             entry = self._undecided[0]
-            if not entry.answered:
-                if entry.deadline_s > now_s:
-                    self._deadline = self._loop.call_at(entry.deadline_s, self._decide_overdue)
+            if entry.answer is not None:
+                deadline_s = entry.asked_s + RESERVE_DEADLINE_S
+                if deadline_s > now_s:
+                    self._deadline = self._loop.call_at(deadline_s, self._decide_overdue)
                     break
                 missed = True
                 self._decide_locally(entry)
@@ -323,18 +330,19 @@ class Reservations:
                 self.opened()
 
     def _decide_locally(self, entry: _Entry) -> None:
-        if entry.answered or entry.answer is None:
+        if entry.answer is None:
             return
         self._metrics.local_choices.inc()
         op = entry.op
-        self._give(entry, self._choose_locally(op.exclude if isinstance(op, Reserve) else ()))
+        choice = self._choose_locally(op.exclude if isinstance(op, Reserve) else ())
+        self._give(entry, choice, self._loop.time())
 
-    def _give(self, entry: _Entry, result: str) -> None:
-        entry.answered = True
-        answer = entry.answer
-        now_s = self._loop.time()
+    def _give(self, entry: _Entry, result: str, now_s: float) -> None:
+        answer, op = entry.answer, entry.op
+        if answer is None or not isinstance(op, Reserve):
+            return
+        entry.answer = None
         self._metrics.choice_s.observe(now_s - entry.asked_s)
         if result not in {BUSY, NONE}:
-            self.live.add(entry.request, Holding(result, entry.cost_tokens, now_s))
-        if answer is not None:
-            answer(result)
+            self.live.add(entry.request, Holding(result, op.cost_tokens, now_s))
+        answer(result)

@@ -1,11 +1,13 @@
-"""The client library, set up for each topology: pools, timeouts, retries, passwords.
+"""The clients of each topology, set up: pools, timeouts, retries, passwords.
 
 The `hot` client is for the data plane: short timeouts and no hidden retries, because the caller has
-its own deadline and its own fallback. A password that stands in a file is read again for every new
-connection, so that it can be rotated while the services run.
+its own deadline and its own fallback; for one server it is our own, of `wire`. A password that
+stands in a file is read again for every new connection, so that it can be rotated while the
+services run.
 """
 
 import asyncio
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -20,6 +22,7 @@ from redis.credentials import CredentialProvider
 
 from shared.errors import InvalidInputError
 from shared.registry.addresses import Address, Topology, parse
+from shared.registry.wire import WireClient
 
 HOT_TIMEOUT_S: Final = 0.25
 HOT_CONNECT_TIMEOUT_S: Final = 0.5
@@ -33,7 +36,7 @@ NODE_CONNECTIONS: Final = 256
 """To one node of a cluster. The library's cluster client refuses what exceeds its limit instead of
 letting it wait, so the limit is one that our own limits on calls under way never reach."""
 
-Client = redis.asyncio.Redis | RedisCluster
+Client = redis.asyncio.Redis | RedisCluster | WireClient
 
 
 def make_client(url: str, *, hot: bool, password_file: str = "") -> Client:
@@ -61,11 +64,20 @@ def make_client(url: str, *, hot: bool, password_file: str = "") -> Client:
         if address.topology is Topology.SENTINEL:
             return _sentinel(address, options, timeout_s)
         pools = cast("Any", redis.asyncio.BlockingConnectionPool)  # its options are not typed
-        return redis.asyncio.Redis.from_pool(pools(timeout=timeout_s, **options))
+        client = redis.asyncio.Redis.from_pool(pools(timeout=timeout_s, **options))
+        return _lean(client, options) if hot else client
     except ValueError as error:
         raise InvalidInputError(
             f"redis_url is not valid: {error}: use redis://HOST:PORT/0", field="redis_url"
         ) from error
+
+
+def _lean(client: redis.asyncio.Redis, options: Mapping[str, Any]) -> WireClient:
+    """Give our own client, with the timeouts that the library's would have."""
+    timeout_s = float(options["socket_timeout"])
+    # Open, greeted by name and password, and the database selected.
+    open_s = float(options["socket_connect_timeout"]) + 2 * timeout_s
+    return WireClient(client, timeout_s=timeout_s, open_s=open_s)
 
 
 def _from_url(address: Address, password_file: str) -> dict[str, Any]:

@@ -1,17 +1,17 @@
-"""The door to Redis: one connection pool, its errors in our own words, and EVALSHA.
+"""The door to Redis: one client, its errors in our own words, and EVALSHA.
 
 Callers see `RegistryUnavailableError` (now), `RegistryTimeoutError` (the act may have happened) and
 `RegistryRefusedError` (for good), never an error of the client library. A primary that became a
-replica answers READONLY for as long as a socket to it stays open; so READONLY drops the pool, and
-the next call resolves the address again. Texts name the URL without its password.
+replica answers READONLY for as long as a socket to it stays open; so READONLY drops what is open,
+and the next call resolves the address again. Texts name the URL without its password.
 
-How the client library is set up for each topology stands in `clients`.
+How the client is set up for each topology stands in `clients`; what an error means in `troubles`.
 """
 
 import asyncio
 import contextlib
-import re
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any, Final, Protocol, TypeVar, cast
 
 import redis.asyncio.client
@@ -19,9 +19,7 @@ import redis.exceptions
 from redis.asyncio.cluster import RedisCluster
 
 from shared.errors import (
-    CorruptRecordError,
-    RedmeshError,
-    RegistryRefusedError,
+    RegistryError,
     RegistryTimeoutError,
     RegistryUnavailableError,
     SchemaVersionError,
@@ -30,62 +28,19 @@ from shared.registry.addresses import shown_url
 from shared.registry.clients import Client, make_client
 from shared.registry.keys import Keys
 from shared.registry.loader import ScriptLibrary, ScriptSpec
+from shared.registry.troubles import TROUBLES, Troubles, demoted, reason_of
+from shared.registry.wire import Argument, Head, OnReply, WireClient, head_of
 from shared.settings import CommonSettings
 
 START_ATTEMPTS: Final = 8
 SCHEMA_VERSION: Final = 1
 SUPPORTED_SCHEMAS: Final = (1, 1)
 
-_SCRIPT_LINE: Final = re.compile(r"user_script:(\d+)")
-# The client library turns some of Redis' error codes into classes and leaves others in the text;
-# within a script's error they are always in the text.
-_UNAVAILABLE_KINDS: Final = (
-    redis.exceptions.ConnectionError,
-    redis.exceptions.OutOfMemoryError,
-    redis.exceptions.ClusterDownError,
-    redis.exceptions.MasterDownError,
-    redis.exceptions.TryAgainError,
-    redis.exceptions.AskError,
-    redis.exceptions.MovedError,
-)
-_UNAVAILABLE: Final = (
-    "OOM",
-    "MISCONF",
-    "LOADING",
-    "CLUSTERDOWN",
-    "MASTERDOWN",
-    "NOREPLICAS",
-    "BUSY ",
-)
-_FORBIDDEN_KINDS: Final = (
-    redis.exceptions.AuthenticationError,
-    redis.exceptions.AuthenticationWrongNumberOfArgsError,
-    redis.exceptions.NoPermissionError,
-)
-_FORBIDDEN: Final = (
-    "NOAUTH",
-    "WRONGPASS",
-    "NOPERM",
-    "invalid username-password",
-    "Client sent AUTH",
-)
-_DEMOTED: Final = ("READONLY", "previous master is now a slave")
-
-TROUBLES: Final = (
-    redis.exceptions.RedisError,
-    redis.exceptions.RedisClusterException,
-    OSError,
-    TimeoutError,
-)
-"""All that the client library raises."""
-
-Argument = str | bytes | int
-
 T = TypeVar("T")
 
 
 class Evaluator(Protocol):
-    """All that the ledger asks of a client: run one script. A leaner client fits here."""
+    """All that the ledger asks of a client: run one script."""
 
     async def evalsha(
         self, script: ScriptSpec, keys: Sequence[str | bytes], args: Sequence[Argument]
@@ -93,9 +48,19 @@ class Evaluator(Protocol):
         """Run `script`; raise the errors of `shared.errors` only."""
         ...
 
+    def call(
+        self,
+        script: ScriptSpec,
+        keys: tuple[str, ...],
+        args: Sequence[Argument],
+        on_reply: OnReply,
+    ) -> None:
+        """Run `script`; hand its reply, or a RegistryError, to `on_reply`: once, and later."""
+        ...
+
 
 class _Client(Protocol):
-    """What both clients of the library offer, with types."""
+    """What all clients offer, with types."""
 
     async def execute_command(self, *parts: Argument) -> Any:  # noqa: ANN401 - any reply
         ...
@@ -106,7 +71,7 @@ class _Client(Protocol):
 
 
 class Connection:
-    """A pool of connections to one Redis, to the primary that Sentinels name, or to a cluster."""
+    """The way to one Redis, to the primary that Sentinels name, or to a cluster."""
 
     def __init__(
         self,
@@ -116,8 +81,14 @@ class Connection:
         shown_url: str = "redis",
     ) -> None:
         self._client = cast("_Client", client)
-        self._pool = None if isinstance(client, RedisCluster) else client.connection_pool
+        self._wire = client if isinstance(client, WireClient) else None
+        self._pool = (
+            None if isinstance(client, RedisCluster | WireClient) else client.connection_pool
+        )
         self._scripts = scripts
+        self._troubles = Troubles(shown_url, scripts)
+        self._heads: dict[tuple[str, tuple[str, ...]], Head] = {}
+        self._calls: set[asyncio.Task[Any]] = set()
         self.shown_url = shown_url
         """Where this goes, without user and password."""
 
@@ -138,7 +109,30 @@ class Connection:
                     "EVAL", assembled.text, len(keys), *keys, *args
                 )
         except TROUBLES as error:
-            raise await self._mapped(error, script=script, key=_text(keys[0])) from error
+            raise await self.mapped(error, script=script, key=_text(keys[0])) from error
+
+    def call(
+        self,
+        script: ScriptSpec,
+        keys: tuple[str, ...],
+        args: Sequence[Argument],
+        on_reply: OnReply,
+    ) -> None:
+        """Run `script`; hand its reply, or a RegistryError, to `on_reply`: once, and later.
+
+        For the data plane, where a task for each call costs more than the call. Sentinels and
+        clusters are left to the client library, and take a task.
+        """
+        if self._wire is None:
+            task = asyncio.get_running_loop().create_task(self.evalsha(script, keys, args))
+            self._calls.add(task)
+            task.add_done_callback(partial(self._called, on_reply))
+            return
+        head = self._heads.get((script.name, keys))
+        if head is None:
+            head = head_of("EVALSHA", self._scripts[script.name].sha, len(keys), *keys)
+            self._heads[script.name, keys] = head
+        self._wire.submit(args, partial(self._replied, script, keys, args, on_reply), head)
 
     async def command(self, *parts: Argument) -> Any:  # noqa: ANN401 - a reply is what Redis says
         """Run one plain command."""
@@ -146,7 +140,7 @@ class Connection:
             return await self._client.execute_command(*parts)
         except TROUBLES as error:
             key = _text(parts[1]) if len(parts) > 1 else ""
-            raise await self._mapped(error, key=key) from error
+            raise await self.mapped(error, key=key) from error
 
     async def ping(self) -> None:
         """Raise unless Redis answers."""
@@ -154,57 +148,58 @@ class Connection:
 
     async def aclose(self) -> None:
         """Close every connection."""
+        calls = list(self._calls)
+        for task in calls:
+            task.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
         await self._client.aclose()
 
     def subscriber(self) -> redis.asyncio.client.PubSub:
         """Open a subscription; on a cluster to any node, since PUBLISH reaches them all."""
         return self._client.pubsub()
 
-    async def mapped(self, error: Exception) -> RedmeshError:
-        """Say in our own words what an error of the client library means."""
-        return await self._mapped(error)
-
-    async def _mapped(
+    async def mapped(
         self, error: Exception, *, script: ScriptSpec | None = None, key: str = ""
-    ) -> RedmeshError:
-        text = " ".join(str(error).split())[:300]
-        where = f"Redis at {self.shown_url}"
-        if isinstance(error, (redis.exceptions.TimeoutError, TimeoutError)):
-            return RegistryTimeoutError(f"{where} did not answer in time")
-        if isinstance(error, _FORBIDDEN_KINDS) or _has(text, _FORBIDDEN):
-            return RegistryRefusedError(
-                f"{where} refused us ({_reason(text)}): give user and password in "
-                "REDMESH_REDIS_URL, as redis://USER:PASSWORD@HOST:PORT/0, or the password in the "
-                "file that REDMESH_REDIS_PASSWORD_FILE names, and let that user use the keys and "
-                "channels of our prefix"
-            )
-        if isinstance(error, redis.exceptions.ReadOnlyError) or _has(text, _DEMOTED):
-            await self._drop_pool()
-            return RegistryUnavailableError(f"{where} is a replica now: looking for the primary")
-        if "WRONGTYPE" in text:
-            return CorruptRecordError(
-                f"{where} holds foreign data in one of our keys, near {key}: rename or delete it",
-                key=key,
-            )
-        if (
-            isinstance(error, redis.exceptions.ResponseError)
-            and not isinstance(error, _UNAVAILABLE_KINDS)
-            and not _has(text, _UNAVAILABLE)
-        ):
-            return RegistryRefusedError(f"{where} refused: {self._located(text, script)}")
-        return RegistryUnavailableError(f"{where} is not available: {text or type(error).__name__}")
+    ) -> RegistryError:
+        """Say in our own words what an error of the client library means, and act on it."""
+        if demoted(error):
+            if self._wire is not None:
+                self._wire.drop()
+            elif self._pool is None:
+                await self._client.aclose()  # the next command reads the cluster's topology again
+            else:
+                await self._pool.disconnect(inuse_connections=False)
+        return self._troubles.of(error, script=script, key=key)
 
-    def _located(self, text: str, script: ScriptSpec | None) -> str:
-        if script is None:
-            return text
-        assembled = self._scripts[script.name]
-        return _SCRIPT_LINE.sub(lambda found: assembled.origin(int(found[1])), text)
+    def _called(self, on_reply: OnReply, task: asyncio.Task[Any]) -> None:
+        self._calls.discard(task)
+        if task.cancelled():
+            closed = f"the connection to Redis at {self.shown_url} was closed by us"
+            on_reply(RegistryUnavailableError(closed))
+            return
+        error = task.exception()
+        if error is not None and not isinstance(error, RegistryError):
+            raise error
+        on_reply(error or task.result())
 
-    async def _drop_pool(self) -> None:
-        if self._pool is None:
-            await self._client.aclose()  # the next command reads the cluster's topology again
-        else:
-            await self._pool.disconnect(inuse_connections=False)
+    def _replied(
+        self,
+        script: ScriptSpec,
+        keys: tuple[str, ...],
+        args: Sequence[Argument],
+        on_reply: OnReply,
+        reply: Any,  # noqa: ANN401 - any reply
+    ) -> None:
+        if isinstance(reply, Exception):
+            wire = cast("WireClient", self._wire)
+            if isinstance(reply, redis.exceptions.NoScriptError) and args:
+                text = ("EVAL", self._scripts[script.name].text, len(keys), *keys, *args)
+                wire.submit(text, partial(self._replied, script, keys, (), on_reply))
+                return
+            if demoted(reply):
+                wire.drop()
+            reply = self._troubles.of(reply, script=script, key=keys[0])
+        on_reply(reply)
 
 
 async def connect(settings: CommonSettings, *, hot: bool = False, prove: bool = True) -> Connection:
@@ -224,9 +219,10 @@ async def connect(settings: CommonSettings, *, hot: bool = False, prove: bool = 
         await patiently(connection.ping)
     except RegistryUnavailableError as error:
         await connection.aclose()
+        reason = reason_of(str(error.__cause__ or error))
         raise RegistryUnavailableError(
-            f"cannot use Redis at {shown}: {_reason(str(error.__cause__ or error))}. Start it, or "
-            "name the right one with --redis-url or REDMESH_REDIS_URL"
+            f"cannot use Redis at {shown}: {reason}. Start it, or name the right one with "
+            "--redis-url or REDMESH_REDIS_URL"
         ) from error
     except BaseException:
         await connection.aclose()
@@ -257,14 +253,6 @@ async def patiently(act: Callable[[], Awaitable[T]]) -> T:
         with contextlib.suppress(RegistryTimeoutError):
             return await act()
     return await act()
-
-
-def _has(text: str, words: tuple[str, ...]) -> bool:
-    return any(word in text for word in words)
-
-
-def _reason(text: str) -> str:
-    return text.strip().rstrip(".") or "no reason given"
 
 
 def _text(value: object) -> str:

@@ -4,20 +4,21 @@ A reservation is one request's lease on one replica, stored in a hash of its pro
 scores are derived from leases. It lives as long as its proxy beats: there is no age limit. Every
 act is idempotent by request id, so that a repeat after a lost reply changes nothing.
 
-`Ledger` asks of its client one method (`Evaluator`), so that a leaner client can take its place on
-the data plane.
+A batch may be awaited (`Ledger.batch`) or answered by callback (`Ledger.submit`); both write and
+read it alike.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-from shared.errors import RegistryUnavailableError
+from shared.errors import RegistryError, RegistryUnavailableError
 from shared.ids import is_name
 from shared.models.routing import Beat, Lease
-from shared.registry.connection import Argument, Evaluator
+from shared.registry.connection import Evaluator
 from shared.registry.keys import PROXY_PART, Keys
 from shared.registry.loader import ScriptSpec
 from shared.registry.results import pairs, text_of, whole_number
+from shared.registry.wire import Argument
 
 BUSY: Final = "!BUSY"
 """Every replica that was not excluded is at its cap, or the model is at its own."""
@@ -25,6 +26,8 @@ NONE: Final = "!NONE"
 """No replica is READY, or all that are were excluded."""
 MAX_BATCH: Final = 64
 MAX_CANDIDATES: Final = 16
+TIE_BITS: Final = 29
+"""Of a random number for ties: the script takes what is above 1e9 for 1e9."""
 SILENCE_MS: Final = 5000
 GRACE_MS: Final = 2000
 RECOUNT_TRIES: Final = 5
@@ -76,6 +79,7 @@ class Adopt(NamedTuple):
 
 
 Op = Reserve | Release | Adopt
+OnBatchReply = Callable[["BatchReply | RegistryError"], None]
 
 
 class BatchReply(NamedTuple):
@@ -130,33 +134,20 @@ class Ledger:
     def __init__(self, client: Evaluator, keys: Keys) -> None:
         self._client = client
         self._keys = keys
-        self._hot_keys: dict[tuple[str, str], tuple[bytes, ...]] = {}
+        self._hot_keys: dict[tuple[str, str], tuple[str, ...]] = {}
 
     async def batch(self, model: str, proxy: str, ops: Sequence[Op]) -> BatchReply:
         """Apply at most 64 operations of one proxy on one model, in order and at once."""
-        if len(ops) > MAX_BATCH:
-            raise ValueError(f"a batch has at most {MAX_BATCH} operations, not {len(ops)}")
-        keys = self._hot_keys.get((model, proxy))
-        if keys is None:
-            named = self._keys.model(model).pick(HOT.keys, proxy)
-            keys = self._hot_keys[model, proxy] = tuple(key.encode() for key in named)
-        args: list[Argument] = [proxy]
-        for op in ops:
-            if type(op) is Reserve:
-                affinity = op.affinity[:MAX_CANDIDATES]
-                exclude = op.exclude[-MAX_CANDIDATES:]
-                args += ("A", op.request, op.cost_tokens, op.tiebreak, len(affinity), len(exclude))
-                args += affinity
-                args += exclude
-            elif type(op) is Release:
-                args += ("R", op.request)
-            elif type(op) is Adopt:
-                args += ("D", op.request, op.rid, op.cost_tokens)
-        reply: list[Any] = await self._client.evalsha(HOT, keys, args)
-        results: list[str | bool] = [
-            text_of(part) if isinstance(part, bytes) else part == 1 for part in reply[1:]
-        ]
-        return BatchReply(whole_number(reply[0]), results)
+        args = _encoded(proxy, ops)
+        return _decoded(await self._client.evalsha(HOT, self._named(model, proxy), args))
+
+    def submit(self, model: str, proxy: str, ops: Sequence[Op], on_reply: OnBatchReply) -> None:
+        """Do the same without waiting: `on_reply` gets the outcome or the error, once, later."""
+
+        def replied(reply: Any) -> None:  # noqa: ANN401 - whatever the script returns
+            on_reply(reply if isinstance(reply, RegistryError) else _decoded(reply))
+
+        self._client.call(HOT, self._named(model, proxy), _encoded(proxy, ops), replied)
 
     async def beat(self, model: str, proxy: str, waiting: int = 0) -> Beat:
         """Say that `proxy` serves `model` and how many of its requests wait."""
@@ -243,9 +234,43 @@ class Ledger:
         totals["*"] = Totals(model_cost, totals["*"].requests if "*" in totals else 0)
         return totals
 
+    def _named(self, model: str, proxy: str) -> tuple[str, ...]:
+        keys = self._hot_keys.get((model, proxy))
+        if keys is None:
+            keys = self._hot_keys[model, proxy] = self._keys.model(model).pick(HOT.keys, proxy)
+        return keys
+
     async def _read(self, key: str) -> dict[bytes, bytes]:
         reply = await self._client.evalsha(READ, (key,), ())
         return pairs(reply[1:])
+
+
+def _encoded(proxy: str, ops: Sequence[Op]) -> list[Argument]:
+    """Write a batch as arguments of the hot script."""
+    if len(ops) > MAX_BATCH:
+        raise ValueError(f"a batch has at most {MAX_BATCH} operations, not {len(ops)}")
+    args: list[Argument] = [proxy]
+    for op in ops:
+        if type(op) is Reserve:
+            request, cost_tokens, tiebreak, affinity, exclude = op
+            affinity, exclude = affinity[:MAX_CANDIDATES], exclude[-MAX_CANDIDATES:]
+            args += ("A", request, cost_tokens, tiebreak, len(affinity), len(exclude))
+            args += affinity
+            args += exclude
+        elif type(op) is Adopt:
+            args += ("D", op.request, op.rid, op.cost_tokens)
+        else:
+            args += ("R", op.request)
+    return args
+
+
+def _decoded(reply: list[Any]) -> BatchReply:
+    """Read the hot script's reply."""
+    results: list[str | bool] = [
+        part.decode("utf-8", "replace") if type(part) is bytes else part == 1 for part in reply
+    ]
+    ver = results.pop(0)
+    return BatchReply(whole_number(ver), results)
 
 
 def _leases(fields: Mapping[bytes, bytes]) -> dict[str, Lease]:

@@ -97,9 +97,9 @@ def scanning(tmp_path: Path) -> ScriptLibrary:
     """Load the scripts with a choice that reads the whole ready set."""
     folder = tmp_path / "lua"
     shutil.copytree(scripts_folder(), folder)
-    path = folder / "lib" / "choose.lua"
+    path = folder / "lib" / "opened.lua"
     text = path.read_text()
-    bounded = "ready, '0', string.format('%d', tries)"
+    bounded = "local size = math.min(80, reserves)"
     assert bounded in text
-    path.write_text(text.replace(bounded, "ready, '0', '-1'"))
+    path.write_text(text.replace(bounded, "local size = 5000"))
     return ScriptLibrary.load(folder)

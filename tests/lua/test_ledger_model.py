@@ -23,14 +23,24 @@ MUTATIONS = {
     "release keeps the count": ("ledger/hot", "rid, -1, -cost", "rid, 0, -cost"),
     "a known request gets a second place": (
         "ledger/hot",
-        "local keep = ",
-        "local keep = false and ",
+        "verb == 'A' and rid and not",
+        "false and rid and not",
     ),
-    "exclusions are ignored": ("lib/choose", "if not excluded[lowest[index]]", "if true"),
+    "a batch does not see what it did": (
+        "lib/charge",
+        "book.places[account.at] = account.place",
+        "account.at = account.at",
+    ),
+    "a lower score that was not read is overlooked": (
+        "lib/choose",
+        "or not page(keys, book, 64)",
+        "or count > 0 or not page(keys, book, 64)",
+    ),
+    "exclusions are ignored": ("lib/choose", "and not excluded[names[index]]", ""),
     "a full replica is chosen": ("lib/choose", ">= 4e15", ">= 9e15"),
-    "the cap is one too high": ("lib/score", "requests >= whole", "requests > whole"),
-    "throughput is ignored": ("lib/score", "cost * whole(inverse, 1000, 1, 1e6)", "cost * 1000"),
-    "penalty is ignored": ("lib/score", "whole(penalty, 0, 0, 1e12)", "0"),
+    "the cap is one too high": ("lib/score", "requests >= rate.cap", "requests > rate.cap"),
+    "throughput is ignored": ("lib/score", "cost * rate.inverse", "cost * 1000"),
+    "penalty is ignored": ("lib/score", "+ rate.penalty", ""),
     "hostile cost is not clamped": (
         "lib/operations",
         "whole(argv[at + 2], 1, 0, 1e9)",
@@ -56,13 +66,13 @@ MUTATIONS = {
     "a replica that left READY stays": ("lib/enter", "redis.call('ZREM', keys.ready, rid)", ""),
     "a returning replica counts as idle": (
         "lib/enter",
-        "score(cost, requests, weight)",
-        "score(0, 0, weight)",
+        "score(cost, requests, rates",
+        "score(0, 0, rates",
     ),
     "ties go to a worse replica": (
         "lib/choose",
-        "rank + (operation.random",
-        "rank + 1 + (operation.random",
+        "if place < lowest then",
+        "if place + 1e6 < lowest then",
     ),
 }
 

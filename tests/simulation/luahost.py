@@ -15,6 +15,7 @@ ARRAYS: Final = (
     "HMGET",
     "HVALS",
     "TIME",
+    "ZMSCORE",
     "ZRANGE",
     "ZRANGEBYSCORE",
 )

@@ -34,18 +34,18 @@ LEDGER = {
     "release gives back twice": Mutation("ledger/hot", "rid, -1, -cost", "rid, -2, -2 * cost"),
     "release keeps the cost": Mutation("lib/charge", "account.cost + cost)", "account.cost)"),
     "what moves stays counted where it was": Mutation(
-        "ledger/hot", "if rid then", "if rid and operation.verb == 'R' then"
+        "ledger/hot", "if rid then", "if rid and verb == 'R' then"
     ),
     "adopt does not reprice": Mutation(
         "ledger/hot", "rid == wanted and cost == operation.cost", "rid == wanted"
     ),
     "a holder is not put into px": Mutation(
-        "ledger/hot", "if not known then", "if false then", theme="proxies, data"
+        "ledger/hot", "and not known then", "and false then", theme="proxies, data"
     ),
-    "totals are not written": Mutation("lib/settle", "if charged and book.total > 0", "if false"),
-    "the cap is one too high": Mutation("lib/score", "requests >= whole", "requests > whole"),
+    "totals are not written": Mutation("lib/settle", "if book.total > 0", "if false"),
+    "the cap is one too high": Mutation("lib/score", "requests >= rate.cap", "requests > rate.cap"),
     "a returning replica counts as idle": Mutation(
-        "lib/enter", "score(cost, requests, weight)", "score(0, 0, weight)", theme="fleet, data"
+        "lib/enter", "score(cost, requests, rates", "score(0, 0, rates", theme="fleet, data"
     ),
     "silence needs no mark": Mutation(
         "ledger/suspects",
@@ -85,8 +85,8 @@ LEDGER = {
     ),
     "adopt does not move": Mutation(
         "ledger/hot",
-        "local wanted = operation.rid",
-        "local wanted = operation.verb == 'D' and rid or operation.rid",
+        "local rid, cost = lease_of(mine)",
+        "local rid, cost = lease_of(mine)\n  wanted = verb == 'D' and rid or wanted",
         theme="slowness",
         seed=7,
     ),

@@ -104,18 +104,25 @@ def _hgetall(store: Store, key: str) -> tuple[str, ...]:
 
 
 def _zadd(store: Store, key: str, *args: str) -> int:
-    *options, score, member = args
-    held = store.zset(key)
-    if ("XX" in options and member not in held) or ("NX" in options and member in held):
-        return 0
-    new = member not in held
-    store.data.setdefault(key, {})[member] = float(score)
-    return int(new)
+    options = [arg for arg in args[:1] if arg in {"NX", "XX"}]
+    pairs = args[len(options) :]
+    added = 0
+    for score, member in zip(pairs[::2], pairs[1::2], strict=True):
+        held = store.zset(key)
+        if ("XX" in options and member not in held) or ("NX" in options and member in held):
+            continue
+        added += member not in held
+        store.data.setdefault(key, {})[member] = float(score)
+    return added
 
 
 def _zscore(store: Store, key: str, member: str) -> str | bool:
     score = store.zset(key).get(member)
     return False if score is None else digits(score)
+
+
+def _zmscore(store: Store, key: str, *members: str) -> tuple[str | bool, ...]:
+    return tuple(_zscore(store, key, member) for member in members)
 
 
 def _zrange(store: Store, key: str, first: str, last: str, *options: str) -> tuple[str, ...]:
@@ -219,6 +226,7 @@ COMMANDS: Final[dict[str, Callable[..., Reply]]] = {
     "XADD": _xadd,
     "ZADD": _zadd,
     "ZCOUNT": _zcount,
+    "ZMSCORE": _zmscore,
     "ZRANGE": _zrange,
     "ZRANGEBYSCORE": _zrangebyscore,
     "ZREM": _remove,

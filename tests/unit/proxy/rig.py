@@ -20,7 +20,7 @@ from services.proxy.server import bind, make_server
 from services.proxy.serving import Fleet, Served
 from services.proxy.settings import ProxySettings
 from services.proxy.table import Tables
-from shared.errors import RegistryUnavailableError
+from shared.errors import RegistryError, RegistryUnavailableError
 from shared.models.deployment import Deployment, DeploymentSpec, EngineKind, EngineSpec
 from shared.models.replica import Replica, ReplicaState
 from shared.models.routing import Beat, Lease, ModelSpec, Snapshot
@@ -29,6 +29,7 @@ from shared.registry.ledger import (
     NONE,
     Adopt,
     BatchReply,
+    OnBatchReply,
     Op,
     ReapReply,
     RecountReply,
@@ -87,7 +88,8 @@ class MemoryLedger:
         self.held: dict[str, Lease] = {}
         self.batches: list[list[Op]] = []
         self.ver = 10
-        self.error: Exception | None = None
+        self.error: RegistryError | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
         self.open = asyncio.Event()
         self.open.set()
         self.lose_reply = False
@@ -97,17 +99,21 @@ class MemoryLedger:
         self.recounts = 0
         self.wrong_totals = 0
 
-    async def batch(self, model: str, proxy: str, ops: Sequence[Op]) -> BatchReply:
-        """Apply operations in order."""
+    def submit(self, model: str, proxy: str, ops: Sequence[Op], on_reply: OnBatchReply) -> None:
+        """Apply operations in order, as soon as it is open."""
         assert (model, proxy) == (MODEL, "px")
         self.batches.append(list(ops))
+        task = asyncio.get_running_loop().create_task(self._answer(ops, on_reply))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _answer(self, ops: Sequence[Op], on_reply: OnBatchReply) -> None:
         await self.open.wait()
         if self.error is not None and not self.lose_reply:
-            raise self.error
+            on_reply(self.error)
+            return
         reply = BatchReply(self.ver, [self._apply(op) for op in ops])
-        if self.error is not None:
-            raise self.error
-        return reply
+        on_reply(self.error or reply)
 
     def _apply(self, op: Op) -> str | bool:
         if isinstance(op, Release):
