@@ -18,7 +18,9 @@ import msgspec
 
 from tests.bench.judging import Figure, Run, Verdict, figure, judge, ratio
 from tests.bench.machine import BenchError, Cores, cpu_s, memory_bytes
-from tests.bench.servers import SERVERS, Server, Site, nginx_program, redis_for
+from tests.bench.peers import PROGRAMS, installed
+from tests.bench.servers import SERVERS, nginx_program, redis_for
+from tests.bench.site import Server, Site
 from tests.bench.workloads import WORKLOADS, Pair, Workload, pair
 from tests.support.waiting import wait_until
 
@@ -151,6 +153,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if YARDSTICK in names and nginx_program() is None:
         print("nginx is not installed (apt-get install nginx-light): measuring without it")
         names.remove(YARDSTICK)
+    if absent := [name for name in names if name in PROGRAMS and not installed(name)]:
+        print(f"not installed: {', '.join(absent)} (make bench-peers): measuring without")
+        names = [name for name in names if name not in absent]
     workloads = [WORKLOADS[name] for name in chosen(given.workload, WORKLOADS)]
     if given.seconds:
         workloads = [msgspec.structs.replace(each, seconds=given.seconds) for each in workloads]

@@ -3,42 +3,21 @@
 import asyncio
 import os
 import shutil
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 from shared.models.deployment import StreamFailover
 from shared.registry import open_registry
 from shared.secret import Secret
 from shared.settings import CommonSettings
 from tests.bench.machine import BenchError, Cores
+from tests.bench.peers import PROGRAMS, peer
+from tests.bench.site import Server, Site, Start, listens
 from tests.support.servers import RedisServer, any_binary, free_port
 from tests.support.standalone import declare, proxy
 from tests.support.waiting import wait_until
-
-
-class Server(NamedTuple):
-    """A server that runs."""
-
-    name: str
-    port: int
-    pid: int
-    model: str = "bench"
-    reserved: Callable[[], int] | None = None
-    """Counts the reservations that it holds, where it holds any."""
-
-
-class Site(NamedTuple):
-    """What a server needs to know to be started."""
-
-    cores: Cores
-    replica_ports: Sequence[int]
-    folder: Path
-    redis: RedisServer
-
-
-Start = Callable[[Site], AbstractAsyncContextManager[Server]]
 
 _NGINX: Final = """
 daemon off;
@@ -94,7 +73,7 @@ async def nginx(site: Site) -> AsyncGenerator[Server]:
         *("-e", site.folder / "nginx.log"),
     )
     try:
-        await wait_until(lambda: _listens(port), what="nginx listens")
+        await wait_until(lambda: listens(port), what="nginx listens")
         yield Server("nginx", port, process.pid)
     finally:
         process.terminate()
@@ -146,14 +125,6 @@ SERVERS: Final[Mapping[str, Start]] = {
     "nginx": nginx,
     "redmesh-armed": redmesh("redmesh-armed", StreamFailover.VALID),
     "redmesh-disarmed": redmesh("redmesh-disarmed", StreamFailover.OFF),
+    **{name: peer(name) for name in PROGRAMS},
 }
 """By name, in the order in which a round asks them."""
-
-
-async def _listens(port: int) -> bool:
-    try:
-        _, writer = await asyncio.open_connection("127.0.0.1", port)
-    except OSError:
-        return False
-    writer.close()
-    return True

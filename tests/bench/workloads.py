@@ -52,6 +52,15 @@ WORKLOADS: Final[Mapping[str, Workload]] = {
             ramp_s=1.3,
             seconds=8.0,
         ),
+        Workload(
+            name="saturate",
+            unit="token",
+            users=1000,
+            tokens=64,
+            streamed=True,
+            ramp_s=1.3,
+            seconds=8.0,
+        ),
     )
 }
 

@@ -177,7 +177,8 @@ static bool answer(conn_t *c, const char *head, const char *body, size_t body_le
   copy_word(c->model, sizeof c->model, *model == '"' ? model + 1 : model);
   c->with_ids = !strncmp(value_of(body, "\"return_token_ids\""), "true", 4);
   c->with_usage = !strncmp(value_of(body, "\"include_usage\""), "true", 4);
-  c->tokens = atoi(value_of(body, "\"max_tokens\""));
+  const char *most = value_of(body, "\"max_tokens\"");
+  c->tokens = atoi(*most ? most : value_of(body, "\"max_completion_tokens\""));  // a router may rename it
   if (c->tokens < 1) c->tokens = 1;
   c->prompt_tokens = (int)(body_len / 4);
   c->sent = 0;
