@@ -115,10 +115,16 @@ async def redis_for(folder: Path, cores: Cores) -> AsyncGenerator[RedisServer]:
     try:
         said = server.command("INFO", "server").decode()
         pid = next(x for x in said.splitlines() if x.startswith("process_id:")).split(":")[1]
-        os.sched_setaffinity(int(pid), {cores.others})
+        os.sched_setaffinity(int(pid), {cores.redis})
         yield server
     finally:
         server.kill()
+
+
+@asynccontextmanager
+async def direct(site: Site) -> AsyncGenerator[Server]:
+    """Let the load reach one of the replicas with nothing between: what the pair itself can do."""
+    yield Server("direct", site.replica_ports[0], None)
 
 
 SERVERS: Final[Mapping[str, Start]] = {
@@ -126,5 +132,9 @@ SERVERS: Final[Mapping[str, Start]] = {
     "redmesh-armed": redmesh("redmesh-armed", StreamFailover.VALID),
     "redmesh-disarmed": redmesh("redmesh-disarmed", StreamFailover.OFF),
     **{name: peer(name) for name in PROGRAMS},
+    "direct": direct,
 }
 """By name, in the order in which a round asks them."""
+
+USUAL: Final = tuple(name for name in SERVERS if name != "direct")
+"""Measured unless told otherwise."""

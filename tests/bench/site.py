@@ -15,7 +15,8 @@ class Server(NamedTuple):
 
     name: str
     port: int
-    pid: int
+    pid: int | None
+    """None if nothing stands before the replicas."""
     model: str = "bench"
     reserved: Callable[[], int] | None = None
     """Counts the reservations that it holds, where it holds any."""
