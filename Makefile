@@ -13,7 +13,7 @@ ENGINE ?= auto
 MODELS ?= deploy/models/demo.json
 # More options for `redmesh up`, such as UP="--detach --port 9000".
 UP ?=
-# More options for the benchmark, such as BENCH="--rounds 9 --workload stream".
+# More options for the benchmark, such as BENCH="--rounds 9 --workload stream" or BENCH="--plot".
 BENCH ?=
 # More options for pytest, such as PYTEST="-x -k ledger".
 PYTEST ?=
@@ -96,7 +96,7 @@ test-slow: setup system engine ## Run the tests on real vLLM, on whole meshes an
 ##@ Measure
 
 .PHONY: bench
-bench: setup ## Measure what the proxy costs, in turns with nginx (some minutes, two quiet cores)
+bench: setup ## Measure what the proxy costs, in turns with nginx and the peers (half an hour, two quiet cores)
 	@deploy/bootstrap/system.sh bench || echo "going on: what is missing is said below"
 	@exec $(BIN)/python -m tests.bench $(BENCH)
 

@@ -9,10 +9,10 @@ import asyncio
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -22,12 +22,16 @@ from tests.bench.machine import BenchError, Cores, describe, raise_file_limit
 from tests.bench.measuring import measure_workload
 from tests.bench.peers import PROGRAMS, installed
 from tests.bench.plot import cost_charts, measure_charts, svg
-from tests.bench.report import Outcome, conclude, table
+from tests.bench.report import Judged, Outcome, conclude
 from tests.bench.servers import SERVERS, USUAL, nginx_program
 from tests.bench.workloads import WORKLOADS, Workload
 
 BASELINE: Final = Path(__file__).with_name("baseline.json")
 PLOTS: Final = Path("docs/performance")
+
+NOT_HTTP: Final[Mapping[str, Callable[[Path, Cores, int | None], Awaitable[Judged]]]] = {}
+"""Workloads that ask no server over HTTP, by name: each has a folder of its own, and the rounds
+that were asked for. They come after the others."""
 
 
 def chosen(asked: Sequence[str] | None, known: Mapping[str, Any]) -> list[str]:
@@ -49,7 +53,7 @@ def servers(asked: Sequence[str] | None) -> list[str]:
 def workloads(asked: Sequence[str] | None, seconds: float | None) -> list[Workload]:
     """Give the workloads to run, and say which of them this machine does not allow."""
     wanted = [WORKLOADS[name] for name in chosen(asked, WORKLOADS)]
-    files = raise_file_limit(max(each.files for each in wanted))
+    files = raise_file_limit(max((each.files for each in wanted), default=0))
     for each in wanted:
         if each.files > files:
             print(
@@ -104,7 +108,7 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--rounds", type=int, help="how often each server has its turn")
-    parser.add_argument("--workload", action="append", choices=tuple(WORKLOADS))
+    parser.add_argument("--workload", action="append", choices=(*WORKLOADS, *NOT_HTTP))
     parser.add_argument("--server", action="append", choices=tuple(SERVERS))
     parser.add_argument("--seconds", type=float, help="of each run, instead of the workload's own")
     parser.add_argument("--out", type=Path, default=Path(".state/bench.json"), metavar="FILE")
@@ -117,35 +121,49 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-async def bench(
-    wanted: Sequence[Workload],
-    names: Sequence[str],
-    rounds: int | None,
-    folder: Path,
-    baseline: Baseline,
-    cores: Cores,
-) -> list[Outcome]:
-    """Measure each workload on each server."""
-    outcomes: list[Outcome] = []
-    for each in wanted:
-        runs = await measure_workload(each, names, rounds or each.rounds, folder, cores)
-        outcomes.append(conclude(each, runs, baseline))
-        print(table(outcomes[-1]), flush=True)
+class Plan(NamedTuple):
+    """What to measure, and what with."""
+
+    workloads: Sequence[Workload]
+    servers: Sequence[str]
+    not_http: Sequence[str]
+    rounds: int | None
+    baseline: Baseline
+    cores: Cores
+
+
+async def bench(plan: Plan, folder: Path) -> list[Judged]:
+    """Measure each workload on each server, then those that need none; the programs in `folder`."""
+    outcomes: list[Judged] = []
+    for each in plan.workloads:
+        rounds = plan.rounds or each.rounds
+        runs = await measure_workload(each, plan.servers, rounds, folder, plan.cores)
+        outcomes.append(conclude(each, runs, plan.baseline))
+        print(outcomes[-1].text(), flush=True)
+    for name in plan.not_http:
+        own = folder / name
+        own.mkdir()
+        outcomes.append(await NOT_HTTP[name](own, plan.cores, plan.rounds))
+        print(outcomes[-1].text(), flush=True)
     return outcomes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line."""
     given = options(arguments)
-    names = servers(given.server)
-    wanted = workloads(given.workload, given.seconds)
     try:
-        baseline = read_baseline(BASELINE)
         cores = Cores()
+        plan = Plan(
+            workloads=workloads(given.workload, given.seconds),
+            servers=servers(given.server),
+            not_http=chosen(given.workload, NOT_HTTP),
+            rounds=given.rounds,
+            baseline=read_baseline(BASELINE),
+            cores=cores,
+        )
         cores.keep_off_measured()
         with tempfile.TemporaryDirectory(prefix="redmesh-bench-") as folder:
-            run = bench(wanted, names, given.rounds, Path(folder), baseline, cores)
-            outcomes = asyncio.run(run)
+            outcomes = asyncio.run(bench(plan, Path(folder)))
     except BenchError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
@@ -153,10 +171,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_bytes(msgspec.json.format(msgspec.json.encode(outcomes)))
     print(f"all figures in {given.out}")
+    over_http = [each for each in outcomes if isinstance(each, Outcome)]
     if given.plot:
-        write_plots(given.plot, outcomes)
+        write_plots(given.plot, over_http)
     if given.write_baseline:
-        write_baseline(BASELINE, baseline, outcomes, cores)
+        write_baseline(BASELINE, plan.baseline, over_http, cores)
     return 0 if all(outcome.good for outcome in outcomes) else 1
 
 

@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Final, Protocol
 
 import msgspec
 
@@ -14,8 +14,21 @@ from tests.bench.workloads import Workload
 _WIDTHS: Final = (18, 12, 15, 9, 12, 10, 13, 8, 7, 11, 9, 8, 8)
 
 
+class Judged(Protocol):
+    """What a workload of any kind comes to; encoded as JSON, it is what is kept of it."""
+
+    @property
+    def good(self) -> bool:
+        """Tell whether nothing is wrong."""
+        ...
+
+    def text(self) -> str:
+        """Show it."""
+        ...
+
+
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """One workload: everything that was measured, and what it comes to."""
+    """One workload over HTTP: everything that was measured, and what it comes to."""
 
     workload: Workload
     figures: list[Figure]
@@ -30,6 +43,10 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
         """Tell whether every budget was kept and nothing of ours became dearer or failed."""
         dearer = any(change.trend is Trend.WORSE for change in self.changes)
         return not dearer and all(verdict.kept for verdict in self.verdicts)
+
+    def text(self) -> str:
+        """Show it."""
+        return table(self)
 
 
 def conclude(workload: Workload, runs: Runs, baseline: Mapping[str, Entry]) -> Outcome:

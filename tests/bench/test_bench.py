@@ -1,16 +1,24 @@
 """The benchmark itself: it must run, notice bad answers, and judge what it measured rightly."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from tests.bench.__main__ import bench, chosen, read_baseline, servers, workloads, write_baseline
+from tests.bench.__main__ import (
+    Plan,
+    bench,
+    chosen,
+    read_baseline,
+    servers,
+    workloads,
+    write_baseline,
+)
 from tests.bench.machine import BenchError, Cores, build
-from tests.bench.report import table
+from tests.bench.report import Outcome
 from tests.bench.servers import SERVERS
-from tests.bench.workloads import WORKLOADS, pair
+from tests.bench.workloads import WORKLOADS, Workload, pair
 from tests.unit.proxy.engine import Engine, Exchanged
 
 STREAM = WORKLOADS["stream"]
@@ -19,6 +27,11 @@ STREAM = WORKLOADS["stream"]
 def text(number: int) -> str:
     """Write a token as the replicas do."""
     return f"@{1:016}#{number:05}~{0:07}"
+
+
+def plan(workloads: Sequence[Workload], servers: Sequence[str], *not_http: str) -> Plan:
+    """Plan one round of some workloads."""
+    return Plan(workloads, servers, not_http, rounds=1, baseline={}, cores=Cores())
 
 
 def test_servers_are_asked_in_one_order() -> None:
@@ -154,13 +167,36 @@ async def test_the_benchmark_runs(programs: Path, tmp_path: Path, rate: float) -
     small = msgspec.structs.replace(
         STREAM, name=f"small-{rate:g}", users=20, tokens=8, ramp_s=0.1, seconds=0.5, rate=rate
     )
-    (outcome,) = await bench([small], ["redmesh-armed"], 1, programs, {}, Cores())
+    (outcome,) = await bench(plan([small], ["redmesh-armed"]), programs)
+    assert isinstance(outcome, Outcome)
     (each,) = outcome.figures
     assert each.failed == 0
     assert each.cpu_us > 0
     assert each.per_s > 0
     assert 0 < each.in_flight <= 20
     assert outcome.good
-    assert "redmesh-armed" in table(outcome)
+    assert "redmesh-armed" in outcome.text()
     write_baseline(tmp_path / "baseline.json", {}, [outcome], Cores())
     assert read_baseline(tmp_path / "baseline.json") == {}  # nothing beside nginx was measured
+
+
+async def test_a_workload_of_another_kind_has_its_place(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What asks no server gets a folder and the rounds, and is judged with the others."""
+    asked: list[tuple[Path, int | None]] = []
+
+    class Other:
+        good = False
+
+        def text(self) -> str:
+            return "bad"
+
+    async def other(folder: Path, cores: Cores, rounds: int | None) -> Other:
+        asked.append((folder, rounds))
+        return Other()
+
+    monkeypatch.setattr("tests.bench.__main__.NOT_HTTP", {"other": other})
+    (outcome,) = await bench(plan([], [], "other"), tmp_path)
+    assert not outcome.good
+    assert asked == [(tmp_path / "other", 1)]
