@@ -48,9 +48,10 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
 
     def shows(self, value: float) -> str:
         """Write a value as this budget counts it."""
+        number = f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
         if self.compared is Compared.RATIO:
-            return f"× {value:.3g}"
-        return f"{value:.3g} {MEANINGS[self.measure].unit}".strip()
+            return f"× {number}"
+        return f"{number} {MEANINGS[self.measure].unit}".strip()
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):

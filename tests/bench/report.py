@@ -11,7 +11,7 @@ from tests.bench.budgets import Verdict, judge
 from tests.bench.judging import YARDSTICK, Figure, Run, Runs, figure, pair_weighs, ratios
 from tests.bench.workloads import Workload
 
-_WIDTHS: Final = (18, 12, 15, 9, 12, 10, 13, 8, 7, 11, 9, 8, 8)
+_WIDTHS: Final = (17, 15, 17, 9, 13, 10, 15, 8, 6, 11, 9, 8, 8)
 
 
 class Judged(Protocol):
@@ -74,7 +74,7 @@ def table(outcome: Outcome) -> str:
         f"× {YARDSTICK}",
         f"{unit}s/s",
         "TTFT p50",
-        "+p50/+p99",
+        "added p50/p99",
         "jitter",
         "MiB",
         "KB/stream",
