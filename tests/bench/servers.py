@@ -108,14 +108,18 @@ def redmesh(name: str, failover: StreamFailover) -> Start:
     return start
 
 
+def redis_pid(server: RedisServer) -> int:
+    """Ask a Redis for its process."""
+    said = server.command("INFO", "server").decode()
+    return int(next(x for x in said.splitlines() if x.startswith("process_id:")).split(":")[1])
+
+
 @asynccontextmanager
 async def redis_for(folder: Path, cores: Cores) -> AsyncGenerator[RedisServer]:
     """Run the Redis that the proxies share, away from the measured core."""
     server = RedisServer(any_binary(), folder / "redis")
     try:
-        said = server.command("INFO", "server").decode()
-        pid = next(x for x in said.splitlines() if x.startswith("process_id:")).split(":")[1]
-        os.sched_setaffinity(int(pid), {cores.redis})
+        os.sched_setaffinity(redis_pid(server), {cores.redis})
         yield server
     finally:
         server.kill()
