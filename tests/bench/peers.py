@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Final
 
 from tests.bench.machine import BenchError
-from tests.bench.site import Server, Site, listens
+from tests.bench.site import Server, Site, begun, listens
 from tests.support.servers import free_port
-from tests.support.waiting import wait_until
 
 HOME: Final = Path(__file__).parents[2] / ".tools" / "peers"
-START_S: Final = 60.0
 
 PROGRAMS: Final[Mapping[str, Sequence[str]]] = {
     "vllm-router": ("vllm-router",),
@@ -53,7 +51,7 @@ def peer(name: str) -> Callable[[Site], AbstractAsyncContextManager[Server]]:
             )
         try:
             # It does not listen before it has found its workers healthy.
-            await wait_until(lambda: listens(port), timeout_s=START_S, what=f"{name} listens")
+            await begun(lambda: listens(port), name, log)
             yield Server(name, port, process.pid)
         finally:
             process.kill()

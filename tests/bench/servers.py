@@ -14,10 +14,9 @@ from shared.secret import Secret
 from shared.settings import CommonSettings
 from tests.bench.machine import BenchError, Cores
 from tests.bench.peers import PROGRAMS, peer
-from tests.bench.site import Server, Site, Start, listens
+from tests.bench.site import Server, Site, Start, begun, listens
 from tests.support.servers import RedisServer, any_binary, free_port
 from tests.support.standalone import declare, proxy
-from tests.support.waiting import wait_until
 
 _NGINX: Final = """
 daemon off;
@@ -73,7 +72,7 @@ async def nginx(site: Site) -> AsyncGenerator[Server]:
         *("-e", site.folder / "nginx.log"),
     )
     try:
-        await wait_until(lambda: listens(port), what="nginx listens")
+        await begun(lambda: listens(port), "nginx", site.folder / "nginx.log")
         yield Server("nginx", port, process.pid)
     finally:
         process.terminate()
@@ -96,13 +95,14 @@ def redmesh(name: str, failover: StreamFailover) -> Start:
         def reserved() -> int:
             return int(site.redis.command("HGET", key, "*") or 0)
 
+        log = site.folder / f"{name}.log"
         async with proxy(
             site.redis.url,
             prefix=site.cores.on_measured(),
-            log=str(site.folder / f"{name}.log"),
+            log=str(log),
             log_level="warning",
         ) as running:
-            await wait_until(lambda: running.serves(name), timeout_s=60, what=f"{name} serves")
+            await begun(lambda: running.serves(name), name, log)
             yield Server(name, running.port, running.pid, name, reserved)
 
     return start

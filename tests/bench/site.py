@@ -1,13 +1,16 @@
 """Where servers are measured, and what one is once it runs."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
-from tests.bench.machine import Cores
+from tests.bench.machine import BenchError, Cores
 from tests.support.servers import RedisServer
+from tests.support.waiting import wait_until
+
+START_S: Final = 60.0
 
 
 class Server(NamedTuple):
@@ -34,6 +37,17 @@ class Site(NamedTuple):
 Start = Callable[[Site], AbstractAsyncContextManager[Server]]
 
 
+async def begun(condition: Callable[[], Awaitable[bool]], name: str, log: Path) -> None:
+    """Wait until the server `name` has begun to serve.
+
+    Raises BenchError with the end of its log if it does not.
+    """
+    try:
+        await wait_until(condition, timeout_s=START_S, what=f"{name} serves")
+    except AssertionError as error:
+        raise BenchError(f"{error}; the end of its log:\n{_end_of(log)}") from None
+
+
 async def listens(port: int) -> bool:
     """Tell whether somebody listens on `port`."""
     try:
@@ -42,3 +56,7 @@ async def listens(port: int) -> bool:
         return False
     writer.close()
     return True
+
+
+def _end_of(log: Path) -> str:
+    return log.read_text(errors="replace")[-1500:] if log.exists() else ""
