@@ -10,7 +10,9 @@ from tests.bench.machine import BenchError, Cores
 from tests.support.servers import RedisServer
 from tests.support.waiting import wait_until
 
-START_S: Final = 60.0
+START_S: Final = 120.0
+ASK_AGAIN_S: Final = 0.2
+"""Each question costs more than a server's own start can bear in quick succession."""
 
 
 class Server(NamedTuple):
@@ -43,7 +45,9 @@ async def begun(condition: Callable[[], Awaitable[bool]], name: str, log: Path) 
     Raises BenchError with the end of its log if it does not.
     """
     try:
-        await wait_until(condition, timeout_s=START_S, what=f"{name} serves")
+        await wait_until(
+            condition, timeout_s=START_S, interval_s=ASK_AGAIN_S, what=f"{name} serves"
+        )
     except AssertionError as error:
         raise BenchError(f"{error}; the end of its log:\n{_end_of(log)}") from None
 
