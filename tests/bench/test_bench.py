@@ -18,6 +18,7 @@ from tests.bench.__main__ import (
 from tests.bench.machine import BenchError, Cores, build
 from tests.bench.report import Outcome
 from tests.bench.servers import SERVERS
+from tests.bench.site import begun
 from tests.bench.workloads import WORKLOADS, Workload, pair
 from tests.unit.proxy.engine import Engine, Exchanged
 
@@ -72,6 +73,24 @@ def test_a_baseline_that_cannot_be_read_comes_with_its_remedy(tmp_path: Path) ->
     path.write_text('{"unary": 7}')
     with pytest.raises(BenchError, match="--write-baseline"):
         read_baseline(path)
+
+
+async def test_a_server_that_does_not_begin_is_told_with_its_log(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whoever waits in vain reads why, in the server's own last words."""
+
+    async def never() -> bool:
+        return False
+
+    monkeypatch.setattr("tests.bench.site.START_S", 0.01)
+    monkeypatch.setattr("tests.bench.site.ASK_AGAIN_S", 0.01)
+    log = tmp_path / "log"
+    with pytest.raises(BenchError, match="other serves"):
+        await begun(never, "other", log)
+    log.write_text("port 7 is taken")
+    with pytest.raises(BenchError, match="port 7 is taken"):
+        await begun(never, "other", log)
 
 
 @pytest.fixture(scope="module")
