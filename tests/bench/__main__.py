@@ -7,6 +7,7 @@ or dearer. 2: cannot run.
 import argparse
 import asyncio
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -134,6 +135,8 @@ class Plan(NamedTuple):
 
 async def bench(plan: Plan, folder: Path) -> list[Judged]:
     """Measure each workload on each server, then those that need none; the programs in `folder`."""
+    if task := asyncio.current_task():  # so that what was started is stopped
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     outcomes: list[Judged] = []
     for each in plan.workloads:
         rounds = plan.rounds or each.rounds
@@ -166,6 +169,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             outcomes = asyncio.run(bench(plan, Path(folder)))
     except BenchError as error:
         print(f"bench: {error}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        print("bench: interrupted: nothing is written", file=sys.stderr)
         return 2
     print(f"\n{describe(cores)}; load average {os.getloadavg()[0]:.1f} at the end")
     given.out.parent.mkdir(parents=True, exist_ok=True)

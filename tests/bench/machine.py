@@ -5,13 +5,15 @@ other one, and Redis has a third where there is one. What else ran on the proxy'
 too, because it is the noise.
 """
 
+import asyncio
 import contextlib
 import os
 import platform
 import resource
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
@@ -101,6 +103,26 @@ def describe(cores: Cores) -> str:
     processor = next(names, platform.machine())
     python = platform.python_version()
     return f"{processor}, {cores.count} cores, Linux {platform.release()}, Python {python}"
+
+
+@asynccontextmanager
+async def process(
+    *command: str | Path, log: Path | None = None
+) -> AsyncGenerator[asyncio.subprocess.Process]:
+    """Run a program while the block runs; what it says goes to `log`, else its output to a pipe."""
+    with (log or Path(os.devnull)).open("ab") as said:
+        started = await asyncio.create_subprocess_exec(
+            *command,
+            stdout=said if log else asyncio.subprocess.PIPE,
+            stderr=said if log else None,
+        )
+    try:
+        yield started
+    finally:
+        if started.returncode is None:
+            with contextlib.suppress(ProcessLookupError):  # a signal to all of us was faster
+                started.kill()
+            await started.wait()
 
 
 def build(name: str, folder: Path) -> Path:

@@ -4,13 +4,12 @@ Each runs in the environment `.tools/peers` with what it would need in earnest a
 policy by load, no access log, one thread because it has one core. Neither shares any state.
 """
 
-import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Final
 
-from tests.bench.machine import BenchError
+from tests.bench.machine import BenchError, process
 from tests.bench.site import Server, Site, begun, listens
 from tests.support.servers import free_port
 
@@ -38,23 +37,17 @@ def peer(name: str) -> Callable[[Site], AbstractAsyncContextManager[Server]]:
         port = free_port()
         program, *rest = PROGRAMS[name]
         log = site.folder / f"{name}.log"
-        with log.open("ab") as output:
-            process = await asyncio.create_subprocess_exec(
-                *(*site.cores.on_measured(), HOME / "bin" / program, *rest),
-                *("--host", "127.0.0.1", "--port", str(port)),
-                *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port())),
-                *("--policy", "power_of_two", "--log-level", "error"),
-                *("--worker-startup-check-interval", "1"),
-                *("--worker-urls", *(f"http://127.0.0.1:{each}" for each in site.replica_ports)),
-                stdout=output,
-                stderr=output,
-            )
-        try:
+        command = (
+            *(*site.cores.on_measured(), HOME / "bin" / program, *rest),
+            *("--host", "127.0.0.1", "--port", str(port)),
+            *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port())),
+            *("--policy", "power_of_two", "--log-level", "error"),
+            *("--worker-startup-check-interval", "1"),
+            *("--worker-urls", *(f"http://127.0.0.1:{each}" for each in site.replica_ports)),
+        )
+        async with process(*command, log=log) as running:
             # It does not listen before it has found its workers healthy.
             await begun(lambda: listens(port), name, log)
-            yield Server(name, port, process.pid)
-        finally:
-            process.kill()
-            await process.wait()
+            yield Server(name, port, running.pid)
 
     return start

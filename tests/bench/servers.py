@@ -1,6 +1,5 @@
 """What is measured: each server is one process tree on the measured core, before the replicas."""
 
-import asyncio
 import os
 import shutil
 from collections.abc import AsyncGenerator, Mapping
@@ -12,7 +11,7 @@ from shared.models.deployment import StreamFailover
 from shared.registry import open_registry
 from shared.secret import Secret
 from shared.settings import CommonSettings
-from tests.bench.machine import BenchError, Cores
+from tests.bench.machine import BenchError, Cores, process
 from tests.bench.peers import PROGRAMS, peer
 from tests.bench.site import Server, Site, Start, begun, listens
 from tests.support.servers import RedisServer, any_binary, free_port
@@ -67,16 +66,11 @@ async def nginx(site: Site) -> AsyncGenerator[Server]:
     replicas = "\n    ".join(f"server 127.0.0.1:{each};" for each in site.replica_ports)
     config = site.folder / "nginx.conf"
     config.write_text(_NGINX.format(folder=site.folder, port=port, replicas=replicas))
-    process = await asyncio.create_subprocess_exec(
-        *(*site.cores.on_measured(), program, "-p", site.folder, "-c", config),
-        *("-e", site.folder / "nginx.log"),
-    )
-    try:
-        await begun(lambda: listens(port), "nginx", site.folder / "nginx.log")
-        yield Server("nginx", port, process.pid)
-    finally:
-        process.terminate()
-        await process.wait()
+    log = site.folder / "nginx.log"
+    command = (*site.cores.on_measured(), program, "-p", site.folder, "-c", config, "-e", log)
+    async with process(*command, log=log) as running:
+        await begun(lambda: listens(port), "nginx", log)
+        yield Server("nginx", port, running.pid)
 
 
 def redmesh(name: str, failover: StreamFailover) -> Start:

@@ -1,6 +1,5 @@
 """What is asked of a server, and the programs that ask and answer."""
 
-import asyncio
 import json
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
@@ -9,7 +8,7 @@ from typing import Final
 
 import msgspec
 
-from tests.bench.machine import BenchError, Cores, build
+from tests.bench.machine import BenchError, Cores, build, process
 
 REPLICAS: Final = 4
 DRAIN_S: Final = 30.0
@@ -173,17 +172,10 @@ class Pair:
             "drain-s": DRAIN_S,
         }
         flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-        process = await asyncio.create_subprocess_exec(
-            *self._cores.on_others(), self._load, *flags, stdout=asyncio.subprocess.PIPE
-        )
-        try:
-            out, _ = await process.communicate()
-        finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
-        if process.returncode:
-            raise BenchError(f"the load generator failed with exit code {process.returncode}")
+        async with process(*self._cores.on_others(), self._load, *flags) as running:
+            out, _ = await running.communicate()
+        if running.returncode:
+            raise BenchError(f"the load generator failed with exit code {running.returncode}")
         return msgspec.json.decode(out, type=Answered)
 
 
@@ -191,15 +183,9 @@ class Pair:
 async def pair(folder: Path, cores: Cores) -> AsyncGenerator[Pair]:
     """Compile both programs in `folder`, and run the replicas while the block runs."""
     load, replicas = build("load", folder), build("replicas", folder)
-    process = await asyncio.create_subprocess_exec(
-        *(*cores.on_others(), replicas, "--count", str(REPLICAS)),
-        stdout=asyncio.subprocess.PIPE,
-    )
-    try:
-        if process.stdout is None:
+    command = (*cores.on_others(), replicas, "--count", str(REPLICAS))
+    async with process(*command) as running:
+        if running.stdout is None:
             raise BenchError("the replicas cannot tell their ports")
-        ports: list[int] = json.loads(await process.stdout.readline())
-        yield Pair(load, cores, ports, process.pid)
-    finally:
-        process.kill()
-        await process.wait()
+        ports: list[int] = json.loads(await running.stdout.readline())
+        yield Pair(load, cores, ports, running.pid)
