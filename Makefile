@@ -13,7 +13,7 @@ ENGINE ?= auto
 MODELS ?= deploy/models/demo.json
 # More options for `redmesh up`, such as UP="--detach --port 9000".
 UP ?=
-# More options for the benchmark, such as BENCH="--rounds 9 --workload stream".
+# More options for the benchmark, such as BENCH="--rounds 9 --workload stream" or BENCH="--plot".
 BENCH ?=
 # More options for pytest, such as PYTEST="-x -k ledger".
 PYTEST ?=
@@ -21,6 +21,7 @@ PYTEST ?=
 UV := .tools/bin/uv
 BIN := .venv/bin
 ENGINE_HOME := $(or $(REDMESH_ENGINE_HOME),.engine)
+PEERS := .tools/peers
 # Tests that need more than a fast machine-local run: real vLLM, whole meshes, sustained load.
 SLOW := engine or mesh or load
 
@@ -95,9 +96,14 @@ test-slow: setup system engine ## Run the tests on real vLLM, on whole meshes an
 ##@ Measure
 
 .PHONY: bench
-bench: setup ## Measure what the proxy costs, in turns with nginx (some minutes, two quiet cores)
+bench: setup ## Measure what the proxy costs, in turns with nginx and the peers (half an hour, two quiet cores)
 	@deploy/bootstrap/system.sh bench || echo "going on: what is missing is said below"
 	@exec $(BIN)/python -m tests.bench $(BENCH)
+
+.PHONY: bench-peers
+bench-peers: setup ## Install vllm-router and sglang-router, for `make bench` to measure beside ours
+	$(UV) venv --quiet --allow-existing --python $(BIN)/python $(PEERS)
+	$(UV) pip sync --quiet --require-hashes --python $(PEERS)/bin/python tests/bench/peers.lock
 
 ##@ Maintain
 
@@ -107,9 +113,11 @@ fmt: ## Mend and format the code
 	$(BIN)/ruff format .
 
 .PHONY: lock
-lock: setup ## Resolve uv.lock and the engine's locks anew (LOCK=--upgrade: newer versions)
+lock: setup ## Resolve uv.lock and the locks of engine and peers anew (LOCK=--upgrade: newer versions)
 	$(UV) lock $(LOCK)
 	UV=$(CURDIR)/$(UV) deploy/engine/lock.sh $(LOCK)
+	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
+	  --no-header $(LOCK) --output-file tests/bench/peers.lock tests/bench/peers.in
 
 .PHONY: demo-model
 demo-model: engine ## Train the demo model on its FAQ (four minutes)

@@ -1,136 +1,38 @@
-"""`make bench`: what the proxy costs, beside nginx, in interleaved rounds on this machine.
+"""`make bench`: what the proxy costs, beside nginx and other routers, in interleaved rounds.
 
-Exit code 0: measured, and every budget kept. 1: a budget missed, or answers failed. 2: cannot run.
+Exit code 0: measured, every budget kept and nothing dearer than the baseline. 1: a budget missed,
+or dearer. 2: cannot run.
 """
 
 import argparse
 import asyncio
 import os
+import signal
 import sys
 import tempfile
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from tests.bench.judging import Figure, Run, Verdict, figure, judge, ratio
-from tests.bench.machine import BenchError, Cores, cpu_s, memory_bytes
-from tests.bench.servers import SERVERS, Server, Site, nginx_program, redis_for
-from tests.bench.workloads import WORKLOADS, Pair, Workload, pair
-from tests.support.waiting import wait_until
+from tests.bench.baseline import Baseline, renewed
+from tests.bench.judging import YARDSTICK, Measure
+from tests.bench.machine import BenchError, Cores, describe, raise_file_limit
+from tests.bench.measuring import measure_workload
+from tests.bench.peers import PROGRAMS, installed
+from tests.bench.plot import cost_charts, measure_charts, svg
+from tests.bench.report import Judged, Outcome, conclude
+from tests.bench.servers import SERVERS, USUAL, nginx_program
+from tests.bench.workloads import WORKLOADS, Workload
 
-WARM_UP_S: Final = 1.5
-YARDSTICK: Final = "nginx"
+BASELINE: Final = Path(__file__).with_name("baseline.json")
+PLOTS: Final = Path("docs/performance")
 
-
-class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """One workload: everything that was measured, and what it comes to."""
-
-    workload: Workload
-    figures: list[Figure]
-    verdicts: list[Verdict]
-    runs: dict[str, list[Run]]
-
-    @property
-    def good(self) -> bool:
-        """Tell whether every budget was kept and every answer was good."""
-        return all(verdict.kept for verdict in self.verdicts) and not any(
-            each.failed for each in self.figures
-        )
-
-
-async def measure(pair: Pair, cores: Cores, workload: Workload, server: Server, number: int) -> Run:
-    """Run `workload` on `server` once, and see that nothing is left of it."""
-    server_s, replicas_s, core_s = cpu_s(server.pid), cpu_s(pair.pid), cores.busy_s()
-    answered = await pair.run(workload, server.port, server.model)
-    own_s = cpu_s(server.pid) - server_s
-    replicas_s = cpu_s(pair.pid) - replicas_s
-    others_s = max(0.0, cores.busy_s() - core_s - own_s)
-    units = max(1, answered.units(workload))
-    if server.reserved is not None:
-        await wait_until(
-            lambda: server.reserved is None or server.reserved() == 0,
-            what=f"{server.name} has given back every reservation",
-        )
-    return Run(
-        round=number,
-        server=server.name,
-        answered=answered,
-        cpu_us=own_s / units * 1e6,
-        pair_us=(answered.cpu_s + replicas_s) / units * 1e6,
-        others_share=others_s / answered.seconds,
-        memory_bytes=memory_bytes(server.pid),
-    )
-
-
-async def bench(
-    workloads: Sequence[Workload], names: Sequence[str], rounds: int, folder: Path
-) -> list[Outcome]:
-    """Measure each workload on each server, in turns."""
-    cores = Cores()
-    outcomes: list[Outcome] = []
-    async with AsyncExitStack() as stack:
-        replicas = await stack.enter_async_context(pair(folder, cores))
-        redis = await stack.enter_async_context(redis_for(folder, cores))
-        site = Site(cores, replicas.ports, folder, redis)
-        servers = [await stack.enter_async_context(SERVERS[name](site)) for name in names]
-        for workload in workloads:
-            warm_up = msgspec.structs.replace(workload, seconds=min(WARM_UP_S, workload.seconds))
-            for server in servers:
-                await replicas.run(warm_up, server.port, server.model)
-            runs: dict[str, list[Run]] = defaultdict(list)
-            for number in range(rounds):
-                for server in servers:
-                    run = await measure(replicas, cores, workload, server, number)
-                    runs[server.name].append(run)
-                    print(
-                        f"{workload.name} round {number + 1}/{rounds}: {server.name} "
-                        f"{run.cpu_us:.1f} µs per {workload.unit}, others had "
-                        f"{run.others_share:.0%} of its core",
-                        flush=True,
-                    )
-            figures = [figure(workload, each) for each in runs.values()]
-            verdicts = judge(workload, runs)
-            outcomes.append(
-                Outcome(workload=workload, figures=figures, verdicts=verdicts, runs=dict(runs))
-            )
-    return outcomes
-
-
-def table(outcome: Outcome) -> str:
-    """Show one workload."""
-    workload = outcome.workload
-    streams = f"streams of {workload.tokens} tokens" if workload.streamed else "whole answers"
-    unit = workload.unit
-    lines = [
-        f"\n{workload.name}: {workload.users} users, {streams}; medians; times in ms",
-        (
-            f"{'':18}{'CPU µs/' + unit:>15}{'(least-most)':>16}{'× ' + YARDSTICK:>9}"
-            f"{unit + 's/s':>12}{'TTFT p50':>10}{'transit p50/p99':>17}{'gap p99':>9}"
-            f"{'MiB':>7}{'pair µs':>9}{'others':>8}{'failed':>8}"
-        ),
-    ]
-    for each in outcome.figures:
-        against = "–"
-        if YARDSTICK in outcome.runs:
-            against = f"{ratio(outcome.runs, each.server, YARDSTICK):.2f}"
-        spread = f"({each.cpu_least_us:.1f}-{each.cpu_most_us:.1f})"
-        transit = f"{each.transit_p50_ms:.2f}/{each.transit_p99_ms:.2f}"
-        lines.append(
-            f"{each.server:18}{each.cpu_us:15.1f}{spread:>16}{against:>9}"
-            f"{each.per_s:12,.0f}{each.ttft_p50_ms:10.2f}{transit:>17}{each.gap_p99_ms:9.2f}"
-            f"{each.memory_mib:7.0f}{each.pair_us:9.1f}{each.others_share:8.0%}{each.failed:8}"
-        )
-    for verdict in outcome.verdicts:
-        word = "kept" if verdict.kept else "MISSED"
-        lines.append(
-            f"budget {word}: {verdict.budget.says}: × {verdict.ratio:.3f} "
-            f"(at most {verdict.budget.ratio:g}; median of the rounds' ratios)"
-        )
-    return "\n".join(lines)
+NOT_HTTP: Final[Mapping[str, Callable[[Path, Cores, int | None], Awaitable[Judged]]]] = {}
+"""Workloads that ask no server over HTTP, by name: each has a folder of its own, and the rounds
+that were asked for. They come after the others."""
 
 
 def chosen(asked: Sequence[str] | None, known: Mapping[str, Any]) -> list[str]:
@@ -138,32 +40,148 @@ def chosen(asked: Sequence[str] | None, known: Mapping[str, Any]) -> list[str]:
     return [name for name in known if asked is None or name in asked]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run from the command line."""
-    parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="how often each server has its turn")
-    parser.add_argument("--workload", action="append", choices=tuple(WORKLOADS))
-    parser.add_argument("--server", action="append", choices=tuple(SERVERS))
-    parser.add_argument("--seconds", type=float, help="of each run, instead of the workload's own")
-    parser.add_argument("--out", type=Path, default=Path(".state/bench.json"), metavar="FILE")
-    given = parser.parse_args(arguments)
-    names = chosen(given.server, SERVERS)
+def servers(asked: Sequence[str] | None) -> list[str]:
+    """Give the servers to measure, and say which of them cannot be."""
+    names = chosen(asked or USUAL, SERVERS)
     if YARDSTICK in names and nginx_program() is None:
         print("nginx is not installed (apt-get install nginx-light): measuring without it")
         names.remove(YARDSTICK)
-    workloads = [WORKLOADS[name] for name in chosen(given.workload, WORKLOADS)]
-    if given.seconds:
-        workloads = [msgspec.structs.replace(each, seconds=given.seconds) for each in workloads]
+    if absent := [name for name in names if name in PROGRAMS and not installed(name)]:
+        print(f"not installed: {', '.join(absent)} (make bench-peers): measuring without")
+    return [name for name in names if name not in absent]
+
+
+def workloads(asked: Sequence[str] | None, seconds: float | None) -> list[Workload]:
+    """Give the workloads to run, and say which of them this machine does not allow."""
+    wanted = [WORKLOADS[name] for name in chosen(asked, WORKLOADS)]
+    files = raise_file_limit(max((each.files for each in wanted), default=0))
+    for each in wanted:
+        if each.files > files:
+            print(
+                f"{each.name} needs {each.files} open files, and {files} are allowed "
+                f"(ulimit -Hn {each.files}, as root): measuring without it"
+            )
+    able = [each for each in wanted if each.files <= files]
+    if seconds is None:
+        return able
+    return [msgspec.structs.replace(each, seconds=seconds) for each in able]
+
+
+def read_baseline(path: Path) -> Baseline:
+    """Read the committed baseline; nothing if there is none.
+
+    Raises BenchError if it cannot be read.
+    """
+    if not path.exists():
+        return {}
     try:
+        return msgspec.json.decode(path.read_bytes(), type=Baseline)
+    except msgspec.DecodeError as error:
+        raise BenchError(f"{path}: {error}; --write-baseline makes it anew") from None
+
+
+def write_baseline(path: Path, old: Baseline, outcomes: Sequence[Outcome], cores: Cores) -> None:
+    """Renew the baseline where there were rounds enough beside nginx."""
+    taken = f"{datetime.now(UTC):%Y-%m-%d}, {describe(cores)}"
+    new = renewed(old, taken, {each.workload.name: each.ratios for each in outcomes})
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(new)) + b"\n")
+    print(f"baseline written to {path}")
+
+
+def write_plots(folder: Path, outcomes: Sequence[Outcome]) -> None:
+    """Draw what the documentation shows, of the workloads that were measured."""
+    runs = {each.workload.name: each.runs for each in outcomes}
+    added = (Measure.ADDED_P50, Measure.ADDED_P99)
+    drawn = {
+        "cpu.svg": cost_charts(runs),
+        "latency.svg": measure_charts(runs, added, ("stream", "headline")),
+        "tokens.svg": measure_charts(runs, (Measure.RATE,), ("saturate",)),
+        "memory.svg": measure_charts(runs, (Measure.STREAM_KB,), ("long",)),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, charts in drawn.items():
+        if charts:
+            (folder / name).write_text(svg(charts))
+            print(f"drawn: {folder / name}")
+
+
+def options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
+    parser.add_argument("--rounds", type=int, help="how often each server has its turn")
+    parser.add_argument("--workload", action="append", choices=(*WORKLOADS, *NOT_HTTP))
+    parser.add_argument("--server", action="append", choices=tuple(SERVERS))
+    parser.add_argument("--seconds", type=float, help="of each run, instead of the workload's own")
+    parser.add_argument("--out", type=Path, default=Path(".state/bench.json"), metavar="FILE")
+    parser.add_argument(
+        "--plot", type=Path, nargs="?", const=PLOTS, metavar="FOLDER", help=f"draw into {PLOTS}"
+    )
+    parser.add_argument(
+        "--write-baseline", action="store_true", help="take this run as the baseline"
+    )
+    return parser.parse_args(arguments)
+
+
+class Plan(NamedTuple):
+    """What to measure, and what with."""
+
+    workloads: Sequence[Workload]
+    servers: Sequence[str]
+    not_http: Sequence[str]
+    rounds: int | None
+    baseline: Baseline
+    cores: Cores
+
+
+async def bench(plan: Plan, folder: Path) -> list[Judged]:
+    """Measure each workload on each server, then those that need none; the programs in `folder`."""
+    if task := asyncio.current_task():  # so that what was started is stopped
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    outcomes: list[Judged] = []
+    for each in plan.workloads:
+        rounds = plan.rounds or each.rounds
+        runs = await measure_workload(each, plan.servers, rounds, folder, plan.cores)
+        outcomes.append(conclude(each, runs, plan.baseline))
+        print(outcomes[-1].text(), flush=True)
+    for name in plan.not_http:
+        own = folder / name
+        own.mkdir()
+        outcomes.append(await NOT_HTTP[name](own, plan.cores, plan.rounds))
+        print(outcomes[-1].text(), flush=True)
+    return outcomes
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from the command line."""
+    given = options(arguments)
+    try:
+        cores = Cores()
+        plan = Plan(
+            workloads=workloads(given.workload, given.seconds),
+            servers=servers(given.server),
+            not_http=chosen(given.workload, NOT_HTTP),
+            rounds=given.rounds,
+            baseline=read_baseline(BASELINE),
+            cores=cores,
+        )
+        cores.keep_off_measured()
         with tempfile.TemporaryDirectory(prefix="redmesh-bench-") as folder:
-            outcomes = asyncio.run(bench(workloads, names, given.rounds, Path(folder)))
+            outcomes = asyncio.run(bench(plan, Path(folder)))
     except BenchError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
-    print(*(table(outcome) for outcome in outcomes), sep="\n")
-    print(f"\nload average {os.getloadavg()[0]:.1f} at the end; all figures in {given.out}")
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        print("bench: interrupted: nothing is written", file=sys.stderr)
+        return 2
+    print(f"\n{describe(cores)}; load average {os.getloadavg()[0]:.1f} at the end")
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_bytes(msgspec.json.format(msgspec.json.encode(outcomes)))
+    print(f"all figures in {given.out}")
+    over_http = [each for each in outcomes if isinstance(each, Outcome)]
+    if given.plot:
+        write_plots(given.plot, over_http)
+    if given.write_baseline:
+        write_baseline(BASELINE, plan.baseline, over_http, cores)
     return 0 if all(outcome.good for outcome in outcomes) else 1
 
 

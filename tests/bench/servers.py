@@ -1,44 +1,21 @@
 """What is measured: each server is one process tree on the measured core, before the replicas."""
 
-import asyncio
 import os
 import shutil
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 from shared.models.deployment import StreamFailover
 from shared.registry import open_registry
 from shared.secret import Secret
 from shared.settings import CommonSettings
-from tests.bench.machine import BenchError, Cores
+from tests.bench.machine import BenchError, Cores, process
+from tests.bench.peers import PROGRAMS, peer
+from tests.bench.site import Server, Site, Start, begun, listens
 from tests.support.servers import RedisServer, any_binary, free_port
 from tests.support.standalone import declare, proxy
-from tests.support.waiting import wait_until
-
-
-class Server(NamedTuple):
-    """A server that runs."""
-
-    name: str
-    port: int
-    pid: int
-    model: str = "bench"
-    reserved: Callable[[], int] | None = None
-    """Counts the reservations that it holds, where it holds any."""
-
-
-class Site(NamedTuple):
-    """What a server needs to know to be started."""
-
-    cores: Cores
-    replica_ports: Sequence[int]
-    folder: Path
-    redis: RedisServer
-
-
-Start = Callable[[Site], AbstractAsyncContextManager[Server]]
 
 _NGINX: Final = """
 daemon off;
@@ -89,16 +66,11 @@ async def nginx(site: Site) -> AsyncGenerator[Server]:
     replicas = "\n    ".join(f"server 127.0.0.1:{each};" for each in site.replica_ports)
     config = site.folder / "nginx.conf"
     config.write_text(_NGINX.format(folder=site.folder, port=port, replicas=replicas))
-    process = await asyncio.create_subprocess_exec(
-        *(*site.cores.on_measured(), program, "-p", site.folder, "-c", config),
-        *("-e", site.folder / "nginx.log"),
-    )
-    try:
-        await wait_until(lambda: _listens(port), what="nginx listens")
-        yield Server("nginx", port, process.pid)
-    finally:
-        process.terminate()
-        await process.wait()
+    log = site.folder / "nginx.log"
+    command = (*site.cores.on_measured(), program, "-p", site.folder, "-c", config, "-e", log)
+    async with process(*command, log=log) as running:
+        await begun(lambda: listens(port), "nginx", log)
+        yield Server("nginx", port, running.pid)
 
 
 def redmesh(name: str, failover: StreamFailover) -> Start:
@@ -117,16 +89,23 @@ def redmesh(name: str, failover: StreamFailover) -> Start:
         def reserved() -> int:
             return int(site.redis.command("HGET", key, "*") or 0)
 
+        log = site.folder / f"{name}.log"
         async with proxy(
             site.redis.url,
             prefix=site.cores.on_measured(),
-            log=str(site.folder / f"{name}.log"),
+            log=str(log),
             log_level="warning",
         ) as running:
-            await wait_until(lambda: running.serves(name), timeout_s=60, what=f"{name} serves")
+            await begun(lambda: running.serves(name), name, log)
             yield Server(name, running.port, running.pid, name, reserved)
 
     return start
+
+
+def redis_pid(server: RedisServer) -> int:
+    """Ask a Redis for its process."""
+    said = server.command("INFO", "server").decode()
+    return int(next(x for x in said.splitlines() if x.startswith("process_id:")).split(":")[1])
 
 
 @asynccontextmanager
@@ -134,26 +113,26 @@ async def redis_for(folder: Path, cores: Cores) -> AsyncGenerator[RedisServer]:
     """Run the Redis that the proxies share, away from the measured core."""
     server = RedisServer(any_binary(), folder / "redis")
     try:
-        said = server.command("INFO", "server").decode()
-        pid = next(x for x in said.splitlines() if x.startswith("process_id:")).split(":")[1]
-        os.sched_setaffinity(int(pid), {cores.others})
+        os.sched_setaffinity(redis_pid(server), {cores.redis})
         yield server
     finally:
         server.kill()
+
+
+@asynccontextmanager
+async def direct(site: Site) -> AsyncGenerator[Server]:
+    """Let the load reach one of the replicas with nothing between: what the pair itself can do."""
+    yield Server("direct", site.replica_ports[0], None)
 
 
 SERVERS: Final[Mapping[str, Start]] = {
     "nginx": nginx,
     "redmesh-armed": redmesh("redmesh-armed", StreamFailover.VALID),
     "redmesh-disarmed": redmesh("redmesh-disarmed", StreamFailover.OFF),
+    **{name: peer(name) for name in PROGRAMS},
+    "direct": direct,
 }
 """By name, in the order in which a round asks them."""
 
-
-async def _listens(port: int) -> bool:
-    try:
-        _, writer = await asyncio.open_connection("127.0.0.1", port)
-    except OSError:
-        return False
-    writer.close()
-    return True
+USUAL: Final = tuple(name for name in SERVERS if name != "direct")
+"""Measured unless told otherwise."""

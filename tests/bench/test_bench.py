@@ -1,72 +1,38 @@
 """The benchmark itself: it must run, notice bad answers, and judge what it measured rightly."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from tests.bench.__main__ import bench, chosen, table
-from tests.bench.judging import Budget, Run, figure, judge, ratio
+from tests.bench.__main__ import (
+    Plan,
+    bench,
+    chosen,
+    read_baseline,
+    servers,
+    workloads,
+    write_baseline,
+)
 from tests.bench.machine import BenchError, Cores, build
+from tests.bench.report import Outcome
 from tests.bench.servers import SERVERS
-from tests.bench.workloads import WORKLOADS, Answered, Spread, pair
+from tests.bench.site import begun
+from tests.bench.workloads import WORKLOADS, Workload, pair
 from tests.unit.proxy.engine import Engine, Exchanged
 
 STREAM = WORKLOADS["stream"]
-MARK = "@0000000000000001#"
 
 
-def run(server: str, cpu_us: float, number: int = 0, failed: int = 0) -> Run:
-    """Make a run."""
-    some = Spread(1.0, 2.0)
-    answered = Answered(
-        asked=10,
-        good=10 - failed,
-        tokens=100,
-        seconds=2.0,
-        cpu_s=0.1,
-        failed={"reset": failed},
-        first_failure="",
-        ttft_ms=some,
-        transit_ms=some,
-        gap_ms=some,
-        whole_ms=some,
-    )
-    return Run(
-        round=number,
-        server=server,
-        answered=answered,
-        cpu_us=cpu_us,
-        pair_us=5.0,
-        others_share=0.1,
-        memory_bytes=2**20,
-    )
+def text(number: int) -> str:
+    """Write a token as the replicas do."""
+    return f"@{1:016}#{number:05}~{0:07}"
 
 
-def test_a_round_that_was_disturbed_does_not_decide() -> None:
-    """Servers are compared within rounds, and the median of these ratios is what counts."""
-    runs = {
-        "a": [run("a", cost) for cost in (11.0, 90.0, 22.0)],
-        "b": [run("b", cost) for cost in (10.0, 10.0, 20.0)],
-    }
-    assert ratio(runs, "a", "b") == pytest.approx(1.1)
-
-
-@pytest.mark.parametrize(("cost", "kept"), [(12.5, True), (12.6, False)])
-def test_a_budget_is_kept_up_to_its_bound(cost: float, *, kept: bool) -> None:
-    """A ratio at the bound is kept, one above it is missed."""
-    budget = Budget(workload="stream", server="a", against="b", ratio=1.25, says="cost")
-    verdicts = judge(STREAM, {"a": [run("a", cost)], "b": [run("b", 10.0)]}, [budget])
-    assert [verdict.kept for verdict in verdicts] == [kept]
-    assert judge(WORKLOADS["unary"], {"a": [], "b": []}, [budget]) == []
-    assert judge(STREAM, {"a": [run("a", cost)]}, [budget]) == []
-
-
-def test_failed_answers_are_counted_over_all_rounds() -> None:
-    """One bad answer in one round is seen in the figure."""
-    shown = figure(STREAM, [run("a", 1.0), run("a", 3.0, failed=1), run("a", 2.0)])
-    assert (shown.failed, shown.cpu_us, shown.per_s) == (1, 2.0, 50.0)
+def plan(workloads: Sequence[Workload], servers: Sequence[str], *not_http: str) -> Plan:
+    """Plan one round of some workloads."""
+    return Plan(workloads, servers, not_http, rounds=1, baseline={}, cores=Cores())
 
 
 def test_servers_are_asked_in_one_order() -> None:
@@ -74,6 +40,57 @@ def test_servers_are_asked_in_one_order() -> None:
     names = list(SERVERS)
     assert chosen(None, SERVERS) == names
     assert chosen(names[::-1], SERVERS) == names
+
+
+def test_a_peer_that_is_not_installed_is_left_out_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without the peers the benchmark goes on, and says how to get them."""
+    monkeypatch.setattr("tests.bench.peers.HOME", tmp_path)
+    assert servers(["redmesh-armed", "vllm-router"]) == ["redmesh-armed"]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "vllm-router" in line
+    assert "make bench-peers" in line
+
+
+def test_a_workload_that_needs_more_files_than_allowed_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the file limit cannot be raised, what would fail is not begun; the remedy is told."""
+
+    def refused(wanted: int) -> int:
+        return min(wanted, 4096)
+
+    monkeypatch.setattr("tests.bench.__main__.raise_file_limit", refused)
+    assert [each.name for each in workloads(["unary", "long"], None)] == ["unary"]
+    assert "ulimit -Hn" in capsys.readouterr().out
+
+
+def test_a_baseline_that_cannot_be_read_comes_with_its_remedy(tmp_path: Path) -> None:
+    """A broken baseline is told with the option that renews it; none at all is no error."""
+    path = tmp_path / "baseline.json"
+    assert read_baseline(path) == {}
+    path.write_text('{"unary": 7}')
+    with pytest.raises(BenchError, match="--write-baseline"):
+        read_baseline(path)
+
+
+async def test_a_server_that_does_not_begin_is_told_with_its_log(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whoever waits in vain reads why, in the server's own last words."""
+
+    async def never() -> bool:
+        return False
+
+    monkeypatch.setattr("tests.bench.site.START_S", 0.01)
+    monkeypatch.setattr("tests.bench.site.ASK_AGAIN_S", 0.01)
+    log = tmp_path / "log"
+    with pytest.raises(BenchError, match="other serves"):
+        await begun(never, "other", log)
+    log.write_text("port 7 is taken")
+    with pytest.raises(BenchError, match="port 7 is taken"):
+        await begun(never, "other", log)
 
 
 @pytest.fixture(scope="module")
@@ -88,38 +105,38 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def good(exchanged: Exchanged) -> None:
     """Answer with two tokens."""
     await exchanged.begin_stream()
-    await exchanged.text(f"{MARK}00001")
-    await exchanged.text(f"{MARK}00002", "length")
+    await exchanged.text(text(1))
+    await exchanged.text(text(2), "length")
     await exchanged.end_stream()
 
 
 async def short(exchanged: Exchanged) -> None:
     """Lose a token."""
     await exchanged.begin_stream()
-    await exchanged.text(f"{MARK}00001", "length")
+    await exchanged.text(text(1), "length")
     await exchanged.end_stream()
 
 
 async def swapped(exchanged: Exchanged) -> None:
     """Send the second token first."""
     await exchanged.begin_stream()
-    await exchanged.text(f"{MARK}00002")
-    await exchanged.text(f"{MARK}00001", "length")
+    await exchanged.text(text(2))
+    await exchanged.text(text(1), "length")
     await exchanged.end_stream()
 
 
 async def without_done(exchanged: Exchanged) -> None:
     """End without the end mark."""
     await exchanged.begin_stream()
-    await exchanged.text(f"{MARK}00001")
-    await exchanged.text(f"{MARK}00002", "length")
+    await exchanged.text(text(1))
+    await exchanged.text(text(2), "length")
     await exchanged.chunk(b"")
 
 
 async def broken_off(exchanged: Exchanged) -> None:
     """Drop the connection after a token."""
     await exchanged.begin_stream()
-    await exchanged.text(f"{MARK}00001")
+    await exchanged.text(text(1))
     exchanged.reset()
 
 
@@ -163,13 +180,42 @@ def test_a_program_that_does_not_compile_is_said(
         build("load", tmp_path)
 
 
-async def test_the_benchmark_runs(programs: Path) -> None:
-    """A short run on the real proxy measures its CPU time and loses nothing."""
-    small = msgspec.structs.replace(STREAM, users=20, tokens=8, ramp_s=0.1, seconds=0.5)
-    (outcome,) = await bench([small], ["redmesh-armed"], 1, programs)
+@pytest.mark.parametrize("rate", [0.0, 40.0])
+async def test_the_benchmark_runs(programs: Path, tmp_path: Path, rate: float) -> None:
+    """A short run on the real proxy, of either loop, measures its CPU time and loses nothing."""
+    small = msgspec.structs.replace(
+        STREAM, name=f"small-{rate:g}", users=20, tokens=8, ramp_s=0.1, seconds=0.5, rate=rate
+    )
+    (outcome,) = await bench(plan([small], ["redmesh-armed"]), programs)
+    assert isinstance(outcome, Outcome)
     (each,) = outcome.figures
     assert each.failed == 0
     assert each.cpu_us > 0
     assert each.per_s > 0
+    assert 0 < each.in_flight <= 20
     assert outcome.good
-    assert "redmesh-armed" in table(outcome)
+    assert "redmesh-armed" in outcome.text()
+    write_baseline(tmp_path / "baseline.json", {}, [outcome], Cores())
+    assert read_baseline(tmp_path / "baseline.json") == {}  # nothing beside nginx was measured
+
+
+async def test_a_workload_of_another_kind_has_its_place(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What asks no server gets a folder and the rounds, and is judged with the others."""
+    asked: list[tuple[Path, int | None]] = []
+
+    class Other:
+        good = False
+
+        def text(self) -> str:
+            return "bad"
+
+    async def other(folder: Path, cores: Cores, rounds: int | None) -> Other:
+        asked.append((folder, rounds))
+        return Other()
+
+    monkeypatch.setattr("tests.bench.__main__.NOT_HTTP", {"other": other})
+    (outcome,) = await bench(plan([], [], "other"), tmp_path)
+    assert not outcome.good
+    assert asked == [(tmp_path / "other", 1)]

@@ -1,62 +1,59 @@
 // Plays several vLLM replicas in one thread, cheaply enough that what stands before them is measured.
 //
-//   replicas --count 4 --ttft-ms 50 --itl-ms 20
+//   replicas --count 4
 //
 // Prints the ports as one JSON list and serves until killed. POST is answered as vLLM 0.32 answers
 // a chat completion: streamed or whole, with token ids where asked for and null where not, with
-// usage where asked for. The prompt's ids are as many as its bytes over four. A stream's first token
-// comes after the first time, each next one after the second; a whole answer comes at once.
+// usage where asked for. The prompt's ids are as many as its bytes over four. A prompt that says
+// "ttft_ms=50 itl_ms=20" has its first token after the first time, each next one after the second;
+// a whole answer comes at once.
 #include "common.h"
 
 #define BUFFER_BYTES (256 << 10)
+#define EVENT_BYTES 640
+// Every token of a stream is the same event with other digits in it: its ids have six digits.
+enum { ID_DIGITS = 6, NEVER = -1 };
 
 typedef struct conn {
   int fd;
   char *in;
   size_t in_len, in_cap;
-  bool streaming, with_ids, with_usage;
-  int tokens, sent, prompt_tokens;
-  char id[80], model[80];
-  uint64_t due_ns;
+  bool streaming, with_ids, with_usage, gone;
+  int tokens, sent, prompt_tokens, itl_ticks;
+  uint64_t arrived_ns;
   struct conn *next;
-  bool queued, gone;
+  int event_len, mark_at, id_at;
+  char id[80], model[80], event[EVENT_BYTES];
 } conn_t;
 
-// Streams in order of what is due: both times are constant, so that each queue sorts itself.
-typedef struct { conn_t *head, *tail; } queue_t;
-static queue_t first, following;
-static uint64_t ttft_ns, itl_ns;
-static int epoll_fd, created_s;
+// Who is due in which tick of a millisecond: a wheel, longer than any pause.
+enum { SLOTS = 1 << 16 };
+static struct { conn_t *head, *tail; } wheel[SLOTS];
+static uint64_t tick;
+static int pending, epoll_fd, created_s;
+static uint64_t offset_ns;
 static char out[BUFFER_BYTES];
 
-static void push(queue_t *queue, conn_t *c, uint64_t due_ns) {
-  c->due_ns = due_ns;
+static void schedule(conn_t *c, uint64_t at_tick) {
+  conn_t **end = wheel[at_tick % SLOTS].head ? &wheel[at_tick % SLOTS].tail->next : &wheel[at_tick % SLOTS].head;
   c->next = NULL;
-  c->queued = true;
-  if (queue->tail) queue->tail->next = c; else queue->head = c;
-  queue->tail = c;
-}
-
-static conn_t *pop(queue_t *queue) {
-  conn_t *c = queue->head;
-  queue->head = c->next;
-  if (!queue->head) queue->tail = NULL;
-  c->queued = false;
-  return c;
+  *end = wheel[at_tick % SLOTS].tail = c;
+  pending++;
 }
 
 static void release(conn_t *c) {
   if (c->fd >= 0) close(c->fd);
   c->fd = -1;
   c->gone = true;
-  if (c->queued) return;  // freed when its turn comes
+  if (c->streaming) return;  // freed when its turn comes
   free(c->in);
   free(c);
 }
 
 // What is sent here never fills a socket's buffer; whoever lets it is not worth measuring.
-static bool transmit(conn_t *c, size_t size) {
-  if (send(c->fd, out, size, MSG_NOSIGNAL) == (ssize_t)size) return true;
+static bool transmit(conn_t *c, const char *bytes, size_t size) {
+  if (send(c->fd, bytes, size, MSG_NOSIGNAL | MSG_DONTWAIT) == (ssize_t)size) return true;
+  c->streaming = false;
   release(c);
   return false;
 }
@@ -70,12 +67,14 @@ static const char *value_of(const char *body, const char *key) {
 }
 
 // Add one event, in a chunk of its own as uvicorn sends it, at `at`; returns the new end.
-static size_t chunk(size_t at, const char *event, size_t size) {
-  at += (size_t)sprintf(out + at, "%zx\r\n", size);
-  memcpy(out + at, event, size);
-  memcpy(out + at + size, "\r\n", 2);
+static size_t chunk(char *to, size_t at, const char *event, size_t size) {
+  at += (size_t)sprintf(to + at, "%zx\r\n", size);
+  memcpy(to + at, event, size);
+  memcpy(to + at + size, "\r\n", 2);
   return at + size + 2;
 }
+
+static int token_id(int number) { return 100000 + number * 7919 % 50000; }
 
 static size_t identity(char *event, const conn_t *c, const char *object) {
   return (size_t)sprintf(event, "\"id\":\"chatcmpl-%s\",\"object\":\"%s\",\"created\":%d,\"model\":\"%s\",", c->id, object, created_s, c->model);
@@ -84,7 +83,7 @@ static size_t identity(char *event, const conn_t *c, const char *object) {
 static size_t prompt_ids(char *event, const conn_t *c) {
   if (!c->with_ids) return (size_t)sprintf(event, "null");
   size_t n = 0;
-  for (int i = 0; i < c->prompt_tokens; i++) n += (size_t)sprintf(event + n, "%c%d", i ? ',' : '[', 1000 + i * 7919 % 120000);
+  for (int i = 0; i < c->prompt_tokens; i++) n += (size_t)sprintf(event + n, "%c%d", i ? ',' : '[', token_id(i));
   return n + (size_t)sprintf(event + n, "]");
 }
 
@@ -95,17 +94,31 @@ static size_t role_event(size_t at, const conn_t *c) {
   n += (size_t)sprintf(event + n, "\"choices\":[{\"index\":0,\"delta\":{\"role\":\"assistant\",\"content\":\"\"},\"logprobs\":null,\"finish_reason\":null}],\"prompt_token_ids\":");
   n += prompt_ids(event + n, c);
   n += (size_t)sprintf(event + n, "}\n\n");
-  return chunk(at, event, n);
+  return chunk(out, at, event, n);
 }
 
-static size_t token_event(size_t at, const conn_t *c, uint64_t t_ns, bool last) {
-  char event[1024], ids[16] = "null";
-  if (c->with_ids) sprintf(ids, "[%d]", 1000 + c->sent * 7919 % 120000);
+// Write one token's event; the places of its mark and id are kept, to write others in them.
+static size_t token_event(char *to, conn_t *c, bool last) {
+  char event[EVENT_BYTES - 16], size[16];
   size_t n = (size_t)sprintf(event, "data: {");
   n += identity(event + n, c, "chat.completion.chunk");
-  n += (size_t)sprintf(event + n, "\"choices\":[{\"index\":0,\"delta\":{\"content\":\" " MARK_FORMAT "\"},\"logprobs\":null,\"finish_reason\":%s,\"token_ids\":%s}]%s}\n\n",
-                       (unsigned long long)t_ns, c->sent, last ? "\"length\",\"stop_reason\":null" : "null", ids, last && !c->with_usage ? ",\"system_fingerprint\":\"vllm-0.32.0-bench\"" : "");
-  return chunk(at, event, n);
+  n += (size_t)sprintf(event + n, "\"choices\":[{\"index\":0,\"delta\":{\"content\":\" ");
+  size_t mark_at = n;
+  n += (size_t)sprintf(event + n, "%*s\"},\"logprobs\":null,\"finish_reason\":%s,\"token_ids\":", MARK_BYTES, "", last ? "\"length\",\"stop_reason\":null" : "null");
+  size_t id_at = n + 1;
+  n += (size_t)(c->with_ids ? sprintf(event + n, "[%*s]", ID_DIGITS, "") : sprintf(event + n, "null"));
+  n += (size_t)sprintf(event + n, "}]%s}\n\n", last && !c->with_usage ? ",\"system_fingerprint\":\"vllm-0.32.0-bench\"" : "");
+  int before = sprintf(size, "%zx\r\n", n);
+  c->mark_at = before + (int)mark_at;
+  c->id_at = c->with_ids ? before + (int)id_at : NEVER;
+  c->event_len = (int)chunk(to, 0, event, n);
+  return (size_t)c->event_len;
+}
+
+static void stamp(char *event, const conn_t *c) {
+  uint64_t t_ns = now_ns(), own_us = c->sent == 1 ? (t_ns - c->arrived_ns) / 1000 : 0;
+  write_mark(event + c->mark_at, t_ns, c->sent, own_us);
+  if (c->id_at != NEVER) write_digits(event + c->id_at, ID_DIGITS, (uint64_t)token_id(c->sent));
 }
 
 static size_t usage(char *event, const conn_t *c) {
@@ -120,34 +133,46 @@ static size_t closing_events(size_t at, const conn_t *c) {
     n += (size_t)sprintf(event + n, "\"choices\":[],\"system_fingerprint\":\"vllm-0.32.0-bench\",");
     n += usage(event + n, c);
     n += (size_t)sprintf(event + n, "}\n\n");
-    at = chunk(at, event, n);
+    at = chunk(out, at, event, n);
   }
-  at = chunk(at, "data: [DONE]\n\n", 14);
+  at = chunk(out, at, "data: [DONE]\n\n", 14);
   memcpy(out + at, "0\r\n\r\n", 5);
   return at + 5;
 }
 
-static void next_token(conn_t *c, uint64_t t_ns) {
+static void next_token(conn_t *c) {
+  bool last = ++c->sent >= c->tokens;
+  if (c->sent > 1 && !last) {
+    stamp(c->event, c);
+    if (transmit(c, c->event, (size_t)c->event_len)) schedule(c, tick + (uint64_t)c->itl_ticks);
+    return;
+  }
   size_t n = 0;
-  if (!c->sent) {
+  if (c->sent == 1) {
     n = (size_t)sprintf(out, "HTTP/1.1 200 OK\r\nserver: uvicorn\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n");
     n = role_event(n, c);
   }
-  bool last = ++c->sent >= c->tokens;
-  n = token_event(n, c, t_ns, last);
+  size_t event_at = n;
+  n += token_event(out + n, c, last);
+  stamp(out + event_at, c);
   if (last) {
     n = closing_events(n, c);
     c->streaming = false;
+  } else {
+    memcpy(c->event, out + event_at, n - event_at);
   }
-  if (transmit(c, n) && !last) push(&following, c, t_ns + itl_ns);
+  if (transmit(c, out, n) && !last) schedule(c, tick + (uint64_t)c->itl_ticks);
 }
 
 static bool whole_answer(conn_t *c) {
   static char body[BUFFER_BYTES / 2];
+  char mark[MARK_BYTES + 1] = "";
+  uint64_t t_ns = now_ns();
+  write_mark(mark, t_ns, 1, (t_ns - c->arrived_ns) / 1000);
   size_t n = (size_t)sprintf(body, "{");
   n += identity(body + n, c, "chat.completion");
-  n += (size_t)sprintf(body + n, "\"choices\":[{\"index\":0,\"message\":{\"role\":\"assistant\",\"content\":\"Yes." MARK_FORMAT "\",\"refusal\":null,\"annotations\":null,\"audio\":null,\"function_call\":null,\"tool_calls\":[],\"reasoning\":null},\"logprobs\":null,\"finish_reason\":\"length\",\"stop_reason\":null,\"token_ids\":%s}],\"service_tier\":null,\"system_fingerprint\":\"vllm-0.32.0-bench\",",
-                       (unsigned long long)now_ns(), 1, c->with_ids ? "[1000]" : "null");
+  n += (size_t)sprintf(body + n, "\"choices\":[{\"index\":0,\"message\":{\"role\":\"assistant\",\"content\":\"Yes.%s\",\"refusal\":null,\"annotations\":null,\"audio\":null,\"function_call\":null,\"tool_calls\":[],\"reasoning\":null},\"logprobs\":null,\"finish_reason\":\"length\",\"stop_reason\":null,\"token_ids\":%s}],\"service_tier\":null,\"system_fingerprint\":\"vllm-0.32.0-bench\",",
+                       mark, c->with_ids ? "[100000]" : "null");
   c->tokens = 1;
   n += usage(body + n, c);
   n += (size_t)sprintf(body + n, ",\"prompt_logprobs\":null,\"prompt_token_ids\":");
@@ -155,7 +180,7 @@ static bool whole_answer(conn_t *c) {
   n += (size_t)sprintf(body + n, ",\"kv_transfer_params\":null}");
   size_t at = (size_t)sprintf(out, "HTTP/1.1 200 OK\r\nserver: uvicorn\r\ncontent-length: %zu\r\ncontent-type: application/json\r\n\r\n", n);
   memcpy(out + at, body, n);
-  return transmit(c, at + n);
+  return transmit(c, out, at + n);
 }
 
 static void copy_word(char *to, size_t size, const char *from) {
@@ -165,35 +190,58 @@ static void copy_word(char *to, size_t size, const char *from) {
   to[n] = 0;
 }
 
-// Answer the request of which head and body are complete; false if the connection has ended.
-static bool answer(conn_t *c, const char *head, const char *body, size_t body_len, uint64_t t_ns) {
-  if (memcmp(head, "POST", 4)) {
+static double setting(const char *body, const char *key) {
+  const char *at = strstr(body, key);
+  return at ? atof(at + strlen(key)) : 0;
+}
+
+static bool is_true(const char *body, const char *key) { return !strncmp(value_of(body, key), "true", 4); }
+
+// Answer the request of which head and body are complete.
+static void answer(conn_t *c, const char *method, const char *body, size_t body_len, uint64_t t_ns) {
+  if (memcmp(method, "POST", 4)) {
     size_t n = (size_t)sprintf(out, "HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n");
-    return transmit(c, n);
+    transmit(c, out, n);
+    return;
   }
-  const char *id = strcasestr(head, "\r\nx-request-id: ");
-  copy_word(c->id, sizeof c->id, id ? id + 16 : "none");
   const char *model = value_of(body, "\"model\"");
   copy_word(c->model, sizeof c->model, *model == '"' ? model + 1 : model);
-  c->with_ids = !strncmp(value_of(body, "\"return_token_ids\""), "true", 4);
-  c->with_usage = !strncmp(value_of(body, "\"include_usage\""), "true", 4);
-  c->tokens = atoi(value_of(body, "\"max_tokens\""));
+  c->with_ids = is_true(body, "\"return_token_ids\"");
+  c->with_usage = is_true(body, "\"include_usage\"");
+  const char *most = value_of(body, "\"max_tokens\"");
+  c->tokens = atoi(*most ? most : value_of(body, "\"max_completion_tokens\""));  // a router may rename it
   if (c->tokens < 1) c->tokens = 1;
   c->prompt_tokens = (int)(body_len / 4);
   c->sent = 0;
-  if (strncmp(value_of(body, "\"stream\""), "true", 4)) return whole_answer(c);
+  c->arrived_ns = t_ns;
+  if (!is_true(body, "\"stream\"")) { whole_answer(c); return; }
   c->streaming = true;
-  push(&first, c, t_ns + ttft_ns);
-  return true;
+  c->itl_ticks = (int)(setting(body, "itl_ms=") * 1e6 / TICK_NS);
+  if (c->itl_ticks < 1) c->itl_ticks = 1;
+  uint64_t first = (t_ns + (uint64_t)(setting(body, "ttft_ms=") * 1e6)) / TICK_NS + 1;
+  schedule(c, first > tick ? first : tick + 1);
 }
 
-static void readable(conn_t *c, uint64_t t_ns) {
+// Read what matters of a head: the end of it, the length of the body, and the request's id.
+static const char *read_head(conn_t *c, size_t *body_len) {
+  *body_len = 0;
+  strcpy(c->id, "none");
+  for (const char *line = c->in, *end; (end = strchr(line, '\n')); line = end + 1) {
+    if (line[0] == '\r') return end + 1;
+    if ((line[0] | 32) == 'c' && !strncasecmp(line, "content-length:", 15)) *body_len = strtoul(line + 15, NULL, 10);
+    else if ((line[0] | 32) == 'x' && !strncasecmp(line, "x-request-id: ", 14)) copy_word(c->id, sizeof c->id, line + 14);
+  }
+  return NULL;
+}
+
+static void readable(conn_t *c) {
   if (c->in_cap - c->in_len < 4096) {
     c->in_cap = c->in_cap ? 2 * c->in_cap : 8192;
     c->in = realloc(c->in, c->in_cap);
     if (!c->in) die("realloc");
   }
-  ssize_t got = recv(c->fd, c->in + c->in_len, c->in_cap - c->in_len - 1, 0);
+  uint64_t t_ns = 0;
+  ssize_t got = receive(c->fd, c->in + c->in_len, c->in_cap - c->in_len - 1, offset_ns, &t_ns);
   if (got <= 0) {
     if (got < 0 && errno == EAGAIN) return;
     release(c);
@@ -201,39 +249,41 @@ static void readable(conn_t *c, uint64_t t_ns) {
   }
   c->in_len += (size_t)got;
   c->in[c->in_len] = 0;
-  char *end = strstr(c->in, "\r\n\r\n");
-  if (!end) return;
-  char *length = strcasestr(c->in, "\r\ncontent-length:");
-  size_t body_len = length && length < end ? strtoul(length + 17, NULL, 10) : 0;
-  size_t total = (size_t)(end + 4 - c->in) + body_len;
-  if (c->in_len < total) return;
+  size_t body_len;
+  const char *body = read_head(c, &body_len);
+  if (!body || c->in_len < (size_t)(body - c->in) + body_len) return;
   c->in_len = 0;  // nobody here sends a request before the answer to the last one
-  answer(c, c->in, end + 4, body_len, t_ns);
+  answer(c, c->in, body, body_len, t_ns);
 }
 
-static void run_due(queue_t *queue) {
-  while (queue->head) {
-    uint64_t t_ns = now_ns();
-    if (queue->head->due_ns > t_ns) return;
-    conn_t *c = pop(queue);
-    if (c->gone) release(c); else next_token(c, t_ns);
+static void run_due(void) {
+  for (uint64_t now = now_ns() / TICK_NS; tick < now;) {
+    tick++;
+    conn_t *c = wheel[tick % SLOTS].head;
+    wheel[tick % SLOTS].head = wheel[tick % SLOTS].tail = NULL;
+    while (c) {
+      conn_t *next = c->next;
+      pending--;
+      if (!c->gone) next_token(c);
+      else { c->streaming = false; release(c); }
+      c = next;
+    }
   }
 }
 
-static int wait_ms(void) {
-  uint64_t due_ns = UINT64_MAX;
-  if (first.head) due_ns = first.head->due_ns;
-  if (following.head && following.head->due_ns < due_ns) due_ns = following.head->due_ns;
-  if (due_ns == UINT64_MAX) return -1;
-  uint64_t t_ns = now_ns();
-  return due_ns <= t_ns ? 0 : (int)((due_ns - t_ns + 999999) / 1000000);
+// Wait for requests, to the next tick if somebody is due in one.
+static int wait_events(struct epoll_event *events, int most) {
+  struct timespec rest = {.tv_nsec = TICK_NS - now_ns() % TICK_NS};
+  int n = epoll_pwait2(epoll_fd, events, most, pending ? &rest : NULL, NULL);
+  offset_ns = clock_offset_ns();
+  if (!pending) tick = now_ns() / TICK_NS;
+  return n;
 }
 
 int main(int argc, char **argv) {
   raise_file_limit();
   int count = (int)option(argc, argv, "--count");
-  ttft_ns = (uint64_t)(option(argc, argv, "--ttft-ms") * 1e6);
-  itl_ns = (uint64_t)(option(argc, argv, "--itl-ms") * 1e6);
+  tick = now_ns() / TICK_NS;
   created_s = (int)time(NULL);
   epoll_fd = epoll_create1(EPOLL_CLOEXEC);
   int *listening = calloc((size_t)count, sizeof *listening);
@@ -250,24 +300,20 @@ int main(int argc, char **argv) {
   fflush(stdout);
   struct epoll_event events[512];
   for (;;) {
-    int n = epoll_wait(epoll_fd, events, 512, wait_ms());
-    uint64_t t_ns = now_ns();
+    int n = wait_events(events, 512);
     for (int i = 0; i < n; i++) {
       int *who = events[i].data.ptr;
       if (who >= listening && who < listening + count) {
         int fd;
         while ((fd = accept4(*who, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC)) >= 0) {
-          int one = 1;
-          setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
           conn_t *c = calloc(1, sizeof *c);
           c->fd = fd;
           watch(epoll_fd, fd, EPOLLIN, c);
         }
       } else {
-        readable(events[i].data.ptr, t_ns);
+        readable(events[i].data.ptr);
       }
     }
-    run_due(&first);
-    run_due(&following);
+    run_due();
   }
 }
