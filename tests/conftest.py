@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Generator
 from pathlib import Path
 
 import blockbuster
+import hypothesis
 import pytest
 import structlog
 
@@ -19,6 +20,13 @@ from shared.secret import Secret
 from shared.settings import CommonSettings
 from tests.support.keycheck import key_problems
 from tests.support.servers import RedisServer, Servers
+
+# Where `CI` is set Hypothesis would try the same examples each time. Everywhere they are new ones,
+# and a failure prints how to replay it.
+hypothesis.settings.register_profile(
+    "redmesh", hypothesis.settings.get_profile("default"), print_blob=True
+)
+hypothesis.settings.load_profile("redmesh")
 
 
 @pytest.fixture(autouse=True)

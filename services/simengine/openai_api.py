@@ -1,7 +1,7 @@
 """POST /v1/chat/completions and /v1/completions, streamed and not."""
 
 from collections.abc import Sequence
-from typing import Final
+from typing import ClassVar, Final
 
 import msgspec
 
@@ -15,6 +15,7 @@ from services.simengine.serving import (
     MAX_LOGPROBS,
     Serving,
     chat_ids,
+    counts,
     now_unix_s,
     prompts_of,
     request_id,
@@ -79,6 +80,8 @@ class OpenAIStream(StreamedAnswer):
     """What the streams of both routes share: the head of each event, the end and the failure."""
 
     object_name = ""
+    running_details: ClassVar[dict[str, object]] = {}
+    """What vLLM adds to the usage of each chunk."""
 
     def __init__(self, serving: Serving, exchange: Exchange, name: str, request: Sampling) -> None:
         super().__init__(serving.engine, exchange, name)
@@ -101,7 +104,7 @@ class OpenAIStream(StreamedAnswer):
         """Return the usage event, if asked for, and the end mark."""
         if not self._usage:
             return DONE
-        total = usage(self.prompt_tokens, self.completion_tokens)
+        total = counts(self.prompt_tokens, self.completion_tokens)
         return (
             b"data: " + self._identity + b',"choices":[],"system_fingerprint":'
             b"%b,"
@@ -112,10 +115,11 @@ class OpenAIStream(StreamedAnswer):
         """Return the error event; the end mark follows, and is no proof of success."""
         return b"data: " + error.openai_body() + b"\n\n" + DONE
 
-    def _running(self, run: Run) -> bytes:
+    def _running(self, run: Run, produced: int | None = None) -> bytes:
         if not self._running_usage:
             return b""
-        return b',"usage":' + _json(usage(run.scheduled.prompt_tokens, run.produced))
+        told = counts(run.scheduled.prompt_tokens, run.produced if produced is None else produced)
+        return b',"usage":' + _json({**told, **self.running_details})
 
     def _final(self) -> bytes:
         if self._usage:
@@ -127,6 +131,7 @@ class ChatStream(OpenAIStream):
     """Chunks of a chat answer: the role first, then one delta per token."""
 
     object_name = "chat.completion.chunk"
+    running_details: ClassVar[dict[str, object]] = {"completion_tokens_details": None}
 
     def __init__(
         self, serving: Serving, exchange: Exchange, name: str, request: ChatRequest
@@ -165,8 +170,13 @@ class ChatStream(OpenAIStream):
         prompt = run.scheduled.ids[: run.scheduled.prompt_tokens]
         return (
             b'%b%d,"delta":{"role":"assistant","content":""},"logprobs":null,'
-            b'"finish_reason":null}],"prompt_token_ids":%b}\n\n'
-            % (self._head, run.index, _json(prompt) if self._with_ids else b"null")
+            b'"finish_reason":null}],"prompt_token_ids":%b,"prompt_text":null%b}\n\n'
+            % (
+                self._head,
+                run.index,
+                _json(prompt) if self._with_ids else b"null",
+                self._running(run, 0),
+            )
         )
 
 

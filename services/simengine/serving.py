@@ -179,13 +179,21 @@ def chat_ids(messages: Sequence[Message], *, open_answer: bool = True) -> list[i
     )
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, object]:
-    """Return OpenAI's usage object."""
+def counts(prompt_tokens: int, completion_tokens: int) -> dict[str, object]:
+    """Return OpenAI's usage object as streams have it: without what has no value."""
     return {
         "prompt_tokens": prompt_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "completion_tokens": completion_tokens,
+    }
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, object]:
+    """Return OpenAI's usage object as whole answers have it."""
+    return {
+        **counts(prompt_tokens, completion_tokens),
         "prompt_tokens_details": None,
+        "completion_tokens_details": None,
     }
 
 

@@ -7,6 +7,7 @@ fifty streams at once while its engines are killed again and again.
 
 import asyncio
 import functools
+import json
 import os
 import signal
 import time
@@ -63,15 +64,21 @@ KINDS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "grammar": (CHAT, {"response_format": {"type": "json_object"}, "ignore_eos": False}),
 }
 
+STOPPED: Final = {"stop": {"the stream", "replica"}, "stop shown": {"replica"}}
+"""Kind → the strings of which one ends the answer."""
+
 
 @asynccontextmanager
 async def doors(mesh: Mesh) -> AsyncGenerator[tuple[Rig, dict[str, Any]]]:
-    """Give a proxy before one real engine behind two doors, and the first door's orders."""
+    """Give a proxy before one real engine behind two doors, and the first door's orders.
+
+    They also count the cuts, and those of them that were `bare`: after ids without any text.
+    """
     async with mesh.registry() as registry:
         target = next(iter((await ready_replicas(registry, "demo")).values()))
     secret = Secret((mesh.state.path / "fleet-secret").read_text().strip())
     key = replica_api_key(secret, target.rid, target.gen)
-    orders: dict[str, Any] = {"cut_after": 0, "cuts": 0}
+    orders: dict[str, Any] = {"cut_after": 0, "cuts": 0, "bare": 0}
     async with httpx.AsyncClient(
         base_url=target.url, timeout=60, headers={"authorization": f"Bearer {key}"}
     ) as client:
@@ -91,6 +98,7 @@ async def doors(mesh: Mesh) -> AsyncGenerator[tuple[Rig, dict[str, Any]]]:
                         events += 1
                         if slams and events == orders["cut_after"]:
                             orders["cuts"] += 1
+                            orders["bare"] += _bare(json.loads(line[6:]))
                             exchanged.reset()
                             return
                     await exchanged.chunk(b"")
@@ -106,6 +114,12 @@ async def doors(mesh: Mesh) -> AsyncGenerator[tuple[Rig, dict[str, Any]]]:
             yield rig, orders
 
 
+def _bare(chunk: dict[str, Any]) -> bool:
+    (choice,) = chunk["choices"]
+    text = choice["delta"].get("content") if "delta" in choice else choice["text"]
+    return bool(choice.get("token_ids")) and not text
+
+
 def request(path: str, fields: dict[str, Any]) -> dict[str, Any]:
     """Make a greedy stream request."""
     prompt: dict[str, Any] = (
@@ -118,11 +132,16 @@ def request(path: str, fields: dict[str, Any]) -> dict[str, Any]:
 async def check(
     rig: Rig, orders: dict[str, Any], path: str, asked: dict[str, Any]
 ) -> tuple[Answer, int]:
-    """Compare a request's undisturbed answer with cut ones; returns it, and how many were cut."""
+    """Compare the engine's own answer with ours, undisturbed and cut.
+
+    Returns it, and how many were cut.
+    """
     orders["cut_after"] = 0
-    wanted = read((await rig.http.post(path, json=asked)).content)
+    # Not armed: what a client sees without a proxy, field for field.
+    wanted = read((await rig.http.post(f"{rig.engines[1].url}{path}", json=asked)).content)
     assert wanted.done, wanted
     assert wanted.finish, wanted
+    same(read((await rig.http.post(path, json=asked)).content), wanted)
     before = orders["cuts"]
     for cut in CUTS:
         orders["cut_after"] = cut
@@ -139,6 +158,11 @@ async def test_every_kind_goes_on_exactly(mesh: Mesh) -> None:
             took_s = time.monotonic() - began_s
             print(f"{kind}: {cuts} cuts, {wanted.finish[0]}, {took_s:.1f} s")  # noqa: T201 - figures
             assert cuts >= 3, kind
+            if kind in STOPPED:
+                assert wanted.finish[0][0] == "stop", kind
+                assert wanted.finish[0][1] in STOPPED[kind]
+        print(f"{orders['bare']} of {orders['cuts']} cuts after ids without text")  # noqa: T201 - figures
+        assert orders["bare"] >= 1, "no cut fell where text was held back"
 
 
 async def test_cuts_within_characters(mesh: Mesh) -> None:
@@ -150,8 +174,11 @@ async def test_cuts_within_characters(mesh: Mesh) -> None:
         for path in (CHAT, COMPLETIONS):
             for penalty in (1.0, 1.2):
                 fields = {"allowed_token_ids": allowed, "repetition_penalty": penalty, **USAGE}
+                bare = orders["bare"]
                 wanted, cuts = await check(rig, orders, path, request(path, fields))
-                print(f"{path}: {cuts} cuts of {wanted.text!r}")  # noqa: T201 - for the reader
+                bare = orders["bare"] - bare
+                print(f"{path}: {cuts} cuts, {bare} within a character, of {wanted.text!r}")  # noqa: T201 - for the reader
+                assert bare >= 1, "no cut fell within a character"
                 assert PROMPT not in wanted.text
                 assert cuts == len(CUTS)
 

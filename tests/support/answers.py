@@ -1,7 +1,8 @@
 """Streams as a client understands them, whatever chunks they came in; and when two are the same."""
 
 import json
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, cast
 
 import msgspec
 
@@ -21,6 +22,8 @@ class Answer(msgspec.Struct, kw_only=True):
     identities: set[tuple[str, int, str, str]] = set()
     shown_ids: int = 0
     """Chunks whose token ids were shown."""
+    shapes: dict[str, set[frozenset[str]]] = {}
+    """Kind of chunk → the sets of fields that its chunks had, as dotted paths."""
 
 
 def read(body: bytes) -> Answer:
@@ -39,6 +42,7 @@ def _add(answer: Answer, chunk: dict[str, Any]) -> None:
         answer.errors.append(chunk["error"])
         return
     answer.identities.add((chunk["id"], chunk["created"], chunk["model"], chunk["object"]))
+    answer.shapes.setdefault(_kind(chunk), set()).add(frozenset(_fields("", chunk)))
     answer.usage = chunk.get("usage") or answer.usage
     for choice in chunk["choices"]:
         delta = choice.get("delta") or {"content": choice.get("text")}
@@ -58,14 +62,45 @@ def _add(answer: Answer, chunk: dict[str, Any]) -> None:
             answer.finish.append((choice["finish_reason"], choice.get("stop_reason")))
 
 
+def _kind(chunk: dict[str, Any]) -> str:
+    if not chunk["choices"]:
+        return "usage"
+    choice = chunk["choices"][0]
+    if choice["finish_reason"] is not None:
+        return "finish"
+    return "role" if "role" in choice.get("delta", {}) else "text"
+
+
+def _fields(at: str, value: object) -> Iterator[str]:
+    """Name every field below `value`; of a list's items those of the first, if they are objects."""
+    if isinstance(value, list):
+        yield from _fields(at, cast("list[object]", value)[0] if value else None)
+    elif isinstance(value, dict):
+        for name, below in cast("dict[str, object]", value).items():
+            yield f"{at}{name}"
+            if name != "top_logprobs":  # a completion's has tokens for names
+                yield from _fields(f"{at}{name}.", below)
+
+
 def same(got: Answer, wanted: Answer) -> None:
-    """Compare everything but the identity, of which there must be exactly one."""
+    """Compare everything but the identity, of which there must be exactly one.
+
+    Chunks may be cut otherwise, but each has the fields that chunks of its kind have.
+    """
     assert got.errors == []
     assert len(got.identities) == 1
     assert got.done
     for field in ("text", "ids", "logprobs", "offsets", "finish", "usage", "roles"):
         one, other = getattr(got, field), getattr(wanted, field)
         assert one == other, f"{field}: {one} instead of {other}"
+    for kind, shapes in got.shapes.items():
+        known = wanted.shapes.get(kind, set())
+        if kind == "usage":
+            # A proxy that tells the usage itself, since the replica died just before, cannot know
+            # this one.
+            known = known | {shape - {"system_fingerprint"} for shape in known}
+        for shape in shapes - known:
+            raise AssertionError(f"fields of {kind}: {sorted(shape)} instead of one of {known}")
 
 
 def blank(body: bytes) -> list[Any]:

@@ -44,9 +44,10 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """How long leadership lasts without a renewal."""
     silence_s: float = 120.0
     """How long a stream may be silent before it goes on elsewhere."""
-    probe_s: float = 30.0
-    """Within how long an agent sees that its engine is frozen, by its default settings: 7 s until
-    it probes, and three misses of 6 s, each with its questions before and after, and pauses."""
+    probe_s: float = 26.0
+    """Within how long a frozen engine is out of routing, by its agent's default settings: 8 s until
+    it is looked at, 5 s for its metrics and its probe, and the same twice more after pauses of 1 s
+    is 25 s; the rest is the way to the proxies."""
     startup_s: float = 60.0
     """How long a replica may take from its start to READY."""
 

@@ -129,6 +129,9 @@ class Seam:
         if isinstance(usage, dict) and self._kept_tokens is not None:
             prompt_tokens = self._seen.prompt_tokens
             counts = cast("dict[str, Any]", usage)
+            if self._seen.chat and chunk.get("choices"):
+                # Where usage runs along, a chat's chunks have this key and a completion's have not.
+                counts.setdefault("completion_tokens_details", None)
             produced = self._kept_tokens + int(counts.get("completion_tokens") or 0)
             counts["prompt_tokens"] = prompt_tokens
             counts["completion_tokens"] = produced

@@ -78,6 +78,31 @@ async def test_fast_beat_closes_the_breaker_and_repairs() -> None:
         assert [type(op) for op in rig.ledger.batches[-1]] == [Adopt]
 
 
+async def test_drift_shows_in_a_metric_until_it_is_repaired() -> None:
+    """The metric says how many reservations too many or too few there were at the last beat."""
+    async with Rig() as rig:
+
+        def drift() -> float | None:
+            labels = {"model": "demo"}
+            return rig.metrics.registry.get_sample_value("redmesh_proxy_ledger_drift", labels)
+
+        await rig.beats.beat(rig.served)
+        assert drift() == 0
+        rig.ledger.held |= {name: lease(name) for name in ("ghost", "phantom")}
+        await rig.beats.beat(rig.served)
+        assert drift() == 2
+        await wait_until(lambda: not rig.ledger.held, what="the beat repaired it")
+        await rig.beats.beat(rig.served)
+        assert drift() == 0
+        hold(rig, "one")
+        await rig.beats.beat(rig.served)
+        assert drift() == -1
+        await wait_until(lambda: "one" in rig.ledger.held, what="the beat repaired it")
+        await wait_until(lambda: not rig.served.reservations.unsettled, what="nothing is under way")
+        await rig.beats.beat(rig.served)
+        assert drift() == 0
+
+
 async def test_foreign_version_asks_for_the_snapshot() -> None:
     """A version in a beat that the table does not have makes it be read again, newer or older."""
     async with Rig() as rig:

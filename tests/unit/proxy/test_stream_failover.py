@@ -102,6 +102,10 @@ KINDS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
         COMPLETIONS,
         {"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
     ),
+    "chat's running usage": (
+        CHAT,
+        {"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
+    ),
     "chat logprobs": (CHAT, {"logprobs": True, "top_logprobs": 2}),
     "chat logprobs without top": (CHAT, {"logprobs": True}),
     "completion logprobs": (COMPLETIONS, {"logprobs": 2, "max_tokens": 60}),
