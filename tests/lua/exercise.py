@@ -145,6 +145,7 @@ async def tour(registry: Registry) -> None:
     member = Member(kind=MemberKind.PROXY, id="p1", host="h1", pid=1, version="0", started_ms=1)
     await registry.fleet.beat(member)
     await registry.fleet.members()
+    assert not await registry.fleet.set_aside(registry.keys.fleet.members, "hash")
     await registry.fleet.forget_deployment(fence, MODEL)
     await registry.fleet.forget_host(fence, "h2")
     await registry.fleet.forget_member("proxy:p2")
