@@ -174,4 +174,5 @@ async def streams_tour(registry: Registry) -> None:
         await streams.read(stream, 0)
     await streams.claim(STREAM, writer("p2"))
     await streams.known(STREAM)
-    await streams.close(other, StreamState.CANCELLED)
+    assert not await streams.close(STREAM, StreamState.LOST, writer())
+    assert await streams.close(other, StreamState.CANCELLED)

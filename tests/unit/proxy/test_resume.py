@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import AsyncGenerator
 from typing import Any
 
+import httpx
 import pytest
 
 from services.proxy.resume import room, writing
@@ -280,6 +281,31 @@ async def test_a_thawed_writer_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
         body = got.body + rest.body
         body += (await resume(second, got.stream, 16)).body
         same(read(Got("", body).plain), read((await first.http.post(CHAT, json=asked)).content))
+
+
+@pytest.mark.parametrize("temperature", [0, 0.9])
+async def test_a_former_writer_that_gives_up_harms_no_successor(
+    monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    """A proxy that was cut off while another took its stream over cannot end that one's journal."""
+    asked = request(CHAT, max_tokens=150, temperature=temperature)
+    async with site(*SLOW) as (_, first, second):
+        first.room.streams = troubled = Troubled(first.journals)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType] - a proxy of it
+        begun = asyncio.create_task(ask(first, CHAT, asked))
+        await wait_until(lambda: written(first) and written(first)[0].journal.collected > 5)
+        (former,) = written(first)
+        troubled.away = True
+        rest = await resume(second, former.stream, 0, events=16)
+        # From now on, whatever it has written is too long for its journal.
+        monkeypatch.setattr(former, "_limits", writing.Limits(size_bytes=0, orphan_s=60))
+        troubled.away = False
+        with pytest.raises(httpx.HTTPError):  # its client is told to come again
+            await begun
+        await wait_until(first.idle)
+        whole = await resume(second, former.stream)
+        assert whole.body.startswith(rest.body)
+        answer = read(whole.plain)
+        assert (answer.errors, answer.done) == ([], True)
 
 
 async def test_redis_is_away_for_a_while() -> None:
