@@ -103,6 +103,8 @@ class ModelSample(msgspec.Struct, frozen=True, kw_only=True):
     """Proxy → its live requests; None: it did not answer."""
     engines: dict[str, int] = msgspec.field(default_factory=dict[str, int])
     """Replica → requests its engine runs or queues; only engines that nobody else uses."""
+    unheard: tuple[str, ...] = ()
+    """Replicas of that kind whose engine's count is not known: too old, or never told."""
 
 
 class Finding(msgspec.Struct, frozen=True, order=True):

@@ -53,6 +53,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     requests: int
     findings: tuple[Finding, ...]
     looks: int
+    unheard: tuple[str, ...] = ()
+    """Replicas whose engines could not be compared: their agents have not reported them lately."""
     repaired: tuple[str, ...] = ()
     """What a repair changed, for a person."""
 
@@ -105,6 +107,7 @@ async def examine(registry: Registry, model: str | None = None) -> Report:
         requests=sum(len(live or {}) for sample in last.values() for live in sample.live.values()),
         findings=tuple(judge(looks)),
         looks=len(looks),
+        unheard=tuple(rid for _, sample in sorted(last.items()) for rid in sample.unheard),
     )
 
 
@@ -189,6 +192,11 @@ async def _sample(
         if replica.kind is not EngineKind.EXTERNAL
         and replica.state in (ReplicaState.READY, ReplicaState.DRAINING)
     }
+    engines = {
+        rid: stat.running + stat.waiting
+        for rid, stat in pulse.stats.items()
+        if rid in own and pulse.now_ms - stat.at_ms <= REPORTED_MS
+    }
     return ModelSample(
         leases=books.leases,
         requests=books.requests,
@@ -196,11 +204,8 @@ async def _sample(
         ready=books.ready,
         weights=books.weights,
         live={name: _live(report, model) for name, report in reports.items()},
-        engines={
-            rid: stat.running + stat.waiting
-            for rid, stat in pulse.stats.items()
-            if rid in own and pulse.now_ms - stat.at_ms <= REPORTED_MS
-        },
+        engines=engines,
+        unheard=tuple(sorted(own - engines.keys())),
     )
 
 
@@ -221,8 +226,16 @@ def _show(report: Report) -> None:
         f"{report.models} models, {report.replicas} ready replicas, {report.proxies} proxies, "
         f"{report.requests} requests in flight"
     )
+    if report.unheard:
+        screen.print(
+            f"not compared: {len(report.unheard)} engines, of which no agent has reported for "
+            f"{REPORTED_MS // 1000} s: {', '.join(report.unheard)}. See `redmesh get hosts`",
+            highlight=False,
+        )
     if not report.findings:
-        screen.print(f"clean: ledger, proxies and engines agree ({compared})")
+        whom = "ledger and proxies" if report.unheard else "ledger, proxies and engines"
+        heard = "; so do the engines that were heard" if report.unheard else ""
+        screen.print(f"clean: {whom} agree{heard} ({compared})")
         return
     screen.print(
         table(

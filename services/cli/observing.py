@@ -145,6 +145,15 @@ async def leader_of(registry: Registry) -> str:
     return owner.decode(errors="replace") if isinstance(owner, bytes) else owner or ""
 
 
+def info_of(reply: object) -> dict[str, str]:
+    """Read a reply to INFO, whether the client library has parsed it or not."""
+    if isinstance(reply, dict):
+        return {str(name): str(value) for name, value in reply.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType] - any reply
+    text = reply.decode(errors="replace") if isinstance(reply, bytes) else str(reply)
+    pairs = (line.partition(":") for line in text.splitlines())
+    return {name: value.strip() for name, _, value in pairs}
+
+
 async def last_event_id(registry: Registry) -> str | None:
     """Name the newest event, to ask later for those after it."""
     newest: list[Event] = await registry.fleet.events(1)

@@ -5,7 +5,7 @@ else's data is set aside, because every script would stumble over it.
 
 Every controller remembers, whether it leads or not, so that the loss of Redis and of the leader at
 once loses nothing. No fence guards this: a declaration is an operator's word, guarded by its
-generation.
+generation, and foreign data are looked at and moved in one act, whoever leads.
 """
 
 from typing import Final

@@ -1,6 +1,7 @@
 """One request's failovers: whether its stream goes on from another replica, and what that is asked.
 
-The rules and the request itself come from `continuation`; here they meet one client's answer.
+The rules and the request itself come from `continuation`; here they meet one client's answer. How
+often a stream has lost its replica stands on its tape, so that it counts whichever proxy writes it.
 """
 
 from services.proxy.continuation.plan import Continuation, armed, plan, tail
@@ -11,15 +12,16 @@ from shared.models.routing import ModelSpec
 
 
 class Failover:
-    """How often the stream of one request has gone on elsewhere, and how it does now."""
+    """Whether the stream of one request may go on elsewhere, and how it does now."""
 
-    __slots__ = ("_continuation", "_count", "_inbound", "_relay")
+    __slots__ = ("_continuation", "_inbound", "_relay", "_taken_over")
 
     def __init__(self, inbound: Inbound, relay: Relay) -> None:
         self._inbound = inbound
         self._relay = relay
         self._continuation: Continuation | None = None
-        self._count = 0
+        self._taken_over = relay.started
+        """It goes on because its proxy is gone: no replica was lost."""
 
     @property
     def request(self) -> tuple[bytes, bytes]:
@@ -57,7 +59,7 @@ class Failover:
         relay, tape = self._relay, self._relay.tape
         if tape is None:
             return Refused("token ids were not asked for")
-        if self._count >= MAX_FAILOVERS:
+        if tape.failovers >= MAX_FAILOVERS and not self._taken_over:
             return Refused(f"it has gone on elsewhere {MAX_FAILOVERS} times")
         inbound = self._inbound
         planned = plan(
@@ -69,7 +71,8 @@ class Failover:
         )
         if isinstance(planned, Refused):
             return planned
-        self._count += 1
+        tape.failovers += not self._taken_over
+        self._taken_over = False
         self._continuation = planned
         relay.go_on()
         tape.splice(planned.seam, kept_tokens=None if planned.exact else planned.kept_tokens)

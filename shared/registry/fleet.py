@@ -55,9 +55,10 @@ LEAVE: Final = ScriptSpec(
 RELEASE: Final = ScriptSpec("fleet/release", "ctl", ("epoch", "leader", "holds"), ("OK", "FENCED"))
 TELL: Final = ScriptSpec("fleet/tell", "ctl", ("epoch", "leader", "events"), ("OK", "FENCED"))
 MEMBERS: Final = ScriptSpec("fleet/members", "ctl", ("members", "hb"), ("OK",))
+SET_ASIDE: Final = ScriptSpec("fleet/set_aside", "*", ("*", "*"), ("OK",))
 
 EVENTS_KEPT: Final = 10_000
-ASIDE_S: Final = 7 * 24 * 3600
+ASIDE_MS: Final = 7 * 24 * 3600 * 1000
 """How long foreign data that stood in one of our keys is kept."""
 
 T = TypeVar("T")
@@ -240,13 +241,9 @@ class Fleet:
 
         Every script would stumble over it; what belongs there is written anew by those who know.
         """
-        found = text_of(await self._connection.command("TYPE", key))
-        if found in {kind, "none"}:
-            return False
-        aside = self._keys.aside(key)
-        await self._connection.command("RENAME", key, aside)
-        await self._connection.command("EXPIRE", aside, ASIDE_S)
-        return True
+        keys = (key, self._keys.aside(key))
+        reply = await self._connection.evalsha(SET_ASIDE, keys, (kind, ASIDE_MS))
+        return reply[1] == 1
 
     async def _records(self, key: str, kind: type[T], name: Callable[[T], str]) -> Records[T]:
         reply = await self._connection.evalsha(READ, (key,), ())

@@ -24,7 +24,7 @@ OPEN: Final = ScriptSpec("stream/open", TAG, ("meta",), ("OK", "TAKEN"))
 APPEND: Final = ScriptSpec("stream/append", TAG, BOTH, ("OK", "FENCED", "ENDED", "GAP", "ABSENT"))
 PAGE: Final = ScriptSpec("stream/read", TAG, BOTH, ("OK", "ABSENT"))
 CLAIM: Final = ScriptSpec("stream/claim", TAG, BOTH, ("OK", "HELD", "ENDED", "ABSENT"))
-CLOSE: Final = ScriptSpec("stream/close", TAG, BOTH, ("OK", "ABSENT"))
+CLOSE: Final = ScriptSpec("stream/close", TAG, BOTH, ("OK", "FENCED", "ABSENT"))
 READ: Final = ScriptSpec("hash/read", "*", ("*",), ("OK",))
 
 
@@ -199,7 +199,12 @@ class Streams:
             whole_number(epoch), whole_number(size_bytes), last, flat[2::3], whole and at == last
         )
 
-    async def close(self, stream: str, state: StreamState) -> None:
-        """End a stream for good: cancelled, or its journal given up."""
+    async def close(self, stream: str, state: StreamState, writer: Writer | None = None) -> bool:
+        """End a stream for good: cancelled by its owner, or given up by its `writer`.
+
+        False if another writer goes on with it: then nothing was done.
+        """
         keys = self._keys.stream(stream).pick(CLOSE.keys)
-        await self._connection.evalsha(CLOSE, keys, (str(state),))
+        by = ("", 0) if writer is None else (writer.proxy, writer.epoch)
+        reply = await self._connection.evalsha(CLOSE, keys, (str(state), *by))
+        return reply[0] != b"FENCED"

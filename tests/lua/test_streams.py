@@ -125,6 +125,25 @@ async def test_a_closed_stream_is_over(door: Registry) -> None:
     assert await streams.claim(STREAM, writer("p2")) is None
 
 
+async def test_a_former_writer_closes_nothing(door: Registry) -> None:
+    """A journal is given up by its present writer only, and cancelled by its owner at any time."""
+    streams = door.streams
+    await streams.open(STREAM, writer(lease_ms=0), ASKED)
+    await streams.append(STREAM, writer(lease_ms=0), events(1, 2))
+    assert await streams.claim(STREAM, writer("p2")) is not None
+    for stale in (writer(), writer("p1", 2), writer("p2", 1)):
+        assert not await streams.close(STREAM, StreamState.LOST, stale)
+        page = await streams.read(STREAM, 0)
+        assert page is not None
+        assert (page.state, page.appends) == (StreamState.LIVE, [(1, events(1, 2).events)])
+    for _ in range(2):
+        assert await streams.close(STREAM, StreamState.LOST, writer("p2", 2))
+    page = await streams.read(STREAM, 0)
+    assert page is not None
+    assert (page.state, page.appends) == (StreamState.LOST, [])
+    assert await streams.close(STREAM, StreamState.CANCELLED)
+
+
 async def test_foreign_records_are_no_streams(door: Registry) -> None:
     """A record that does not parse is as if it were not there."""
     keys = door.keys.stream(STREAM)

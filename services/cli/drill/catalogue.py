@@ -13,6 +13,7 @@ import msgspec
 
 from services.cli.drill.judge import Recovery
 from services.cli.drill.records import Budget
+from services.cli.drill.signs import Sign
 from shared.errors import InvalidInputError
 
 
@@ -60,6 +61,8 @@ class Drill(msgspec.Struct, frozen=True, kw_only=True):
     """The fault in a sentence."""
     expects: str
     """What must be so, in a sentence."""
+    sign: Sign
+    """By what it is seen that the fault struck."""
     recovery: Recovery
     budget: Budget
     hold_s: float = 0.0
@@ -80,6 +83,7 @@ def _drills() -> tuple[Drill, ...]:
             what="An engine is killed with SIGKILL while it answers.",
             expects="It gets no new request after a second; its streams go on from other "
             "replicas, token for token; a new replica takes its place.",
+            sign=Sign.OUT,
             recovery=Recovery.OUT,
             budget=Budget(recover_s=1.0),
             needs="2 replicas",
@@ -89,6 +93,7 @@ def _drills() -> tuple[Drill, ...]:
             what="An engine hangs: it holds its connections and says nothing.",
             expects="Its streams go on elsewhere once the model's silence limit is over; its "
             "agent's probes take it out of routing; thawed, it serves again.",
+            sign=Sign.OUT,
             recovery=Recovery.OUT,
             budget=Budget(recover_s=0.0),
             hold_s=25.0,
@@ -99,6 +104,7 @@ def _drills() -> tuple[Drill, ...]:
             what="The agent of a host is killed with SIGKILL.",
             expects="No request notices: engines outlive their agent, which adopts them when it "
             "is started again.",
+            sign=Sign.GONE,
             recovery=Recovery.BACK,
             budget=Budget(recover_s=10.0),
         ),
@@ -108,6 +114,7 @@ def _drills() -> tuple[Drill, ...]:
             "host comes back.",
             expects="Its streams go on from replicas on other hosts, and new requests avoid it; "
             "when it is back, it serves again.",
+            sign=Sign.OUT,
             recovery=Recovery.STREAMS,
             budget=Budget(recover_s=5.0, whole_s=90.0),
             hold_s=6.0,
@@ -118,6 +125,7 @@ def _drills() -> tuple[Drill, ...]:
             what="A proxy is killed with SIGKILL while it relays.",
             expects="It loses the streams it had begun, and nothing else: clients send what had "
             "not begun to another proxy, and its reservations are given back.",
+            sign=Sign.GONE,
             recovery=Recovery.REAPED,
             budget=Budget(recover_s=10.0, spare_own=True, resent=None),
             needs="2 proxies",
@@ -127,6 +135,7 @@ def _drills() -> tuple[Drill, ...]:
             what="A proxy is told to end (SIGTERM), as in a deployment of a new release.",
             expects="It finishes the streams it has; new requests go to other proxies; no "
             "stream breaks.",
+            sign=Sign.GONE,
             recovery=Recovery.REAPED,
             budget=Budget(recover_s=30.0, resent=None),
             needs="2 proxies",
@@ -135,6 +144,7 @@ def _drills() -> tuple[Drill, ...]:
             fault=Fault.LEADER_KILL,
             what="The leading controller is killed with SIGKILL.",
             expects="No request notices; a standby leads within 1.5 × the lease's time.",
+            sign=Sign.FOLLOWED,
             recovery=Recovery.LEADER,
             budget=Budget(recover_s=0.0),
             needs="2 controllers",
@@ -144,6 +154,7 @@ def _drills() -> tuple[Drill, ...]:
             what="The leading controller is frozen (SIGSTOP), and thawed when another leads.",
             expects="No request notices; a standby leads within 1.5 × the lease's time; the "
             "thawed one acts no more.",
+            sign=Sign.FOLLOWED,
             recovery=Recovery.LEADER,
             budget=Budget(recover_s=0.0),
             hold_s=10.0,
@@ -154,6 +165,7 @@ def _drills() -> tuple[Drill, ...]:
             what="Redis is killed and started again with its data.",
             expects="No request notices: proxies route by what they know; two seconds after "
             "Redis answers, the ledger is in use again, and it becomes exact.",
+            sign=Sign.REPLACED,
             recovery=Recovery.LEDGER,
             budget=Budget(recover_s=2.0),
         ),
@@ -162,6 +174,7 @@ def _drills() -> tuple[Drill, ...]:
             what="Redis is killed, loses all its data, and comes back empty.",
             expects="No request notices: agents register again what runs, proxies what they "
             "relay. What the operator had declared is declared again at once.",
+            sign=Sign.EMPTIED,
             recovery=Recovery.LEDGER,
             budget=Budget(recover_s=2.0),
         ),
@@ -170,6 +183,7 @@ def _drills() -> tuple[Drill, ...]:
             what="A lagging replica of Redis becomes primary: the last writes are lost.",
             expects="No request notices; two seconds after the new primary answers, the ledger "
             "is in use again, and it becomes exact.",
+            sign=Sign.REPLACED,
             recovery=Recovery.LEDGER,
             budget=Budget(recover_s=2.0),
             needs="a Redis with a replica behind one address, or `redmesh up --links`",
@@ -179,6 +193,7 @@ def _drills() -> tuple[Drill, ...]:
             what="Redis answers nobody for a while.",
             expects="No request notices, and none waits for Redis again and again; two seconds "
             "after it answers, the ledger is in use again, and it becomes exact.",
+            sign=Sign.SILENT,
             recovery=Recovery.LEDGER,
             budget=Budget(recover_s=2.0),
             hold_s=10.0,
@@ -187,6 +202,7 @@ def _drills() -> tuple[Drill, ...]:
             fault=Fault.REDIS_DISCONNECT,
             what="Every connection to Redis is cut at once (CLIENT KILL).",
             expects="No request notices: everybody connects again.",
+            sign=Sign.DISCONNECTED,
             recovery=Recovery.LEDGER,
             budget=Budget(recover_s=2.0),
         ),
@@ -195,6 +211,7 @@ def _drills() -> tuple[Drill, ...]:
             what="One proxy cannot reach Redis, in neither direction; everybody else can.",
             expects="No request notices: it routes by its last table and its own counts, peers "
             "give back its reservations, and it takes them again when the way is free.",
+            sign=Sign.APART,
             recovery=Recovery.LEDGER,
             budget=Budget(recover_s=3.0),
             hold_s=12.0,
@@ -205,6 +222,7 @@ def _drills() -> tuple[Drill, ...]:
             what="No proxy can reach one replica, which its own agent finds well.",
             expects="Its streams go on elsewhere once the model's silence limit is over; nothing "
             "is lost, although requests that it was given later may wait until the way is free.",
+            sign=Sign.LEFT,
             recovery=Recovery.STREAMS,
             budget=Budget(recover_s=0.0),
             hold_s=12.0,
@@ -214,6 +232,7 @@ def _drills() -> tuple[Drill, ...]:
             fault=Fault.ROLL,
             what="A new revision is declared and rolled out, and then the old one again.",
             expects="Replicas are replaced one by one, new before old; no stream breaks.",
+            sign=Sign.ROLLED,
             recovery=Recovery.ROLLED,
             budget=Budget(recover_s=0.0),
         ),

@@ -27,6 +27,8 @@ class Injection:
         self.told = told
         """What exactly is struck, in a sentence."""
         self.struck = struck
+        self.seen = ""
+        """What the injector itself saw of the fault when it struck, in words."""
         self.lasts = heal is not None
         """The fault lasts until `heal`."""
         self._strike = strike

@@ -20,6 +20,7 @@ from services.cli.drill.records import (
     Traffic,
     Verdict,
 )
+from services.cli.drill.signs import Sign
 
 NOTICED_S: Final = 1.0
 """A wait that a client notices, at least."""
@@ -75,19 +76,23 @@ def _shows(how: Recovery, struck: Struck, sample: Sample) -> bool:
         case Recovery.LEDGER:
             return sample.redis and sample.away is not None and not sample.away
         case Recovery.ROLLED | Recovery.STREAMS:
-            return how is Recovery.ROLLED and sample.whole is True
+            rolled = sample.whole is True and sample.revisions == frozenset({struck.revision})
+            return how is Recovery.ROLLED and rolled
 
 
 def answers_s(samples: Sequence[Sample], *, fault_s: float) -> float | None:
-    """Tell when Redis answered again; None if it was never seen away, or not again."""
+    """Tell when Redis, or another one, answered again; None if no change was seen, or no answer."""
+    known: set[str] = set()
     away = False
     found: float | None = None
     for sample in samples:
         if sample.at_s < fault_s:
+            known |= {sample.redis_id} if sample.redis_id else set()
             continue
+        other = bool(known and sample.redis_id) and sample.redis_id not in known
         if not sample.redis:
             away, found = True, None
-        elif away and found is None:
+        elif (away or other) and found is None:
             found = sample.at_s
     return found
 
@@ -176,9 +181,15 @@ def _ttft_ms(requests: Sequence[Request]) -> tuple[float, float] | None:
     return values[len(values) // 2], values[min(len(values) - 1, len(values) * 99 // 100)]
 
 
-def judge(how: Recovery, budget: Budget, seen: Seen) -> Verdict:
-    """Hold what was seen against the budget."""
-    checks = [*_traffic_checks(budget, seen), *_mesh_checks(how, budget, seen)]
+def judge(how: Recovery, sign: Sign, budget: Budget, seen: Seen) -> Verdict:
+    """Hold what was seen against the budget; first of all, that there was a fault."""
+    fault = Check(
+        name="fault",
+        expected=f"the fault is seen: {sign}",
+        seen=seen.sign or "not while it was watched",
+        passed=bool(seen.sign),
+    )
+    checks = [fault, *_traffic_checks(budget, seen), *_mesh_checks(how, budget, seen)]
     return Verdict(passed=all(check.passed for check in checks), checks=tuple(checks))
 
 

@@ -13,7 +13,8 @@ from shared.models.host import Member
 
 _LINE: Final = re.compile(
     r"^redmesh_proxy_(requests_total|in_flight|stream_events_total|first_byte_seconds_sum"
-    r"|first_byte_seconds_count|ledger_away)\{([^}]*)\} ([0-9.e+-]+)$",
+    r"|first_byte_seconds_count|ledger_away|retries_total|stream_failovers_total)"
+    r"\{([^}]*)\} ([0-9.e+-]+)$",
     re.MULTILINE,
 )
 _LABEL: Final = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
@@ -27,8 +28,8 @@ class Page:
         for name, labels, value in _LINE.findall(text):
             named = dict(_LABEL.findall(labels))
             if named.get("model") == model:
-                key = (name, named.get("outcome", ""))
-                found[key] = found.get(key, 0.0) + float(value)
+                outcome = named.get("outcome", "") if name == "requests_total" else ""
+                found[name, outcome] = found.get((name, outcome), 0.0) + float(value)
         self.away = found.get(("ledger_away", ""), 0.0) > 0
         """It does without the ledger now."""
         self.counts = Counts(
@@ -39,6 +40,8 @@ class Page:
             first_bytes=found.get(("first_byte_seconds_count", ""), 0.0),
             first_byte_s=found.get(("first_byte_seconds_sum", ""), 0.0),
             in_flight=found.get(("in_flight", ""), 0.0),
+            moved=found.get(("retries_total", ""), 0.0)
+            + found.get(("stream_failovers_total", ""), 0.0),
         )
 
 

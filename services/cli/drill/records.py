@@ -74,6 +74,14 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     """As many replicas READY as wanted, none of another revision, somebody leads, all members."""
     away: frozenset[str] | None = None
     """Proxies that do without the ledger now, or do not answer."""
+    revisions: frozenset[str] | None = None
+    """Of the replicas that get new requests."""
+    redis_id: str | None = None
+    """Which process Redis is, if it tells."""
+    oldest_ms: int | None = None
+    """When the oldest event was written that Redis holds; 0 if it holds none."""
+    moved: float | None = None
+    """Requests that went to another replica so far, by the proxies' own counts."""
 
 
 class Second(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,6 +118,8 @@ class Struck(msgspec.Struct, frozen=True, kw_only=True):
     """Where clients reached the struck proxy."""
     leader: str = ""
     """Who led before."""
+    revision: str = ""
+    """What is rolled out."""
 
 
 class Traffic(msgspec.Struct, frozen=True, kw_only=True):
@@ -195,6 +205,8 @@ class Seen(msgspec.Struct, frozen=True, kw_only=True):
     """Findings of the last audit, after the load."""
     left: int
     """Requests that the ledger still held when the load was over."""
+    sign: str = ""
+    """What showed the fault, in words; empty if nothing did."""
     trespass: str = ""
     """What must never happen and did, such as a thawed leader that led on."""
     traffic: Traffic

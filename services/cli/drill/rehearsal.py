@@ -13,13 +13,13 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Final
 
 from services.cli import auditing
-from services.cli.drill import judge, timeline
+from services.cli.drill import judge, signs, timeline
 from services.cli.drill.catalogue import Drill, Fault
 from services.cli.drill.injection import Injection
 from services.cli.drill.judge import Recovery
 from services.cli.drill.load import Load
 from services.cli.drill.options import LoadWish
-from services.cli.drill.records import Budget, Mark, Second, Seen, Traffic
+from services.cli.drill.records import Budget, Mark, Sample, Second, Seen, Traffic
 from services.cli.drill.report import Report
 from services.cli.drill.scene import Scene
 from services.cli.drill.watch import Watch
@@ -33,6 +33,8 @@ LIVE_BEFORE_S: Final = 10.0
 """How long traffic is watched before the fault: driven load, and traffic that is there anyway."""
 AFTER_S: Final = 2.0
 """How long the load goes on when all is well again."""
+LONGER_S: Final = 5.0
+"""How much longer than its budgets a drill watches, to say by how much they were missed."""
 NOTICED_S: Final = 1.0
 """How long after the fault the first audit waits."""
 EMPTY_S: Final = 10.0
@@ -78,6 +80,9 @@ class Rehearsal:
         self._fault_s = 0.0
         self._heal_s: float | None = None
         self._exact_s: float | None = None
+        self._began_ms = 0
+        self._until_s = float("inf")
+        """When all was well again: what Redis does while it is put back is no part of the fault."""
 
     async def run(self) -> Report:
         """Do it; the fault is ended whatever happens. Raises what an injector refuses."""
@@ -92,19 +97,20 @@ class Rehearsal:
             await self._load.rehearse()
         # From here on all times count: the answers before were nobody's traffic.
         self._began_s = time.monotonic()
-        began_ms = await self._calm.replicas.server_time_ms()
+        self._began_ms = await self._calm.replicas.server_time_ms()
         async with self._watch.running():
             try:
                 async with self._traffic():
                     await self._strike()
                     await self._recover()
                     await asyncio.sleep(AFTER_S)
+                    self._until_s = self._clock()
             finally:
                 await self._injection.restore()
             self._tell("the load is over: the last audit")
             left = await self._emptied()
             drift = await self._last_audit()
-        await self._note_events(began_ms)
+        await self._note_events()
         return self._report(left=left, drift=drift)
 
     def _clock(self) -> float:
@@ -146,7 +152,7 @@ class Rehearsal:
             self._heal_s = self._clock()
             self._mark(self._heal_s, "heal", "the fault is over")
             self._tell("the fault is over")
-        longest_s = max(budget.recover_s, budget.whole_s, budget.drift_s) + 5.0
+        longest_s = max(budget.recover_s, budget.whole_s, budget.drift_s) + LONGER_S
         auditing_task = asyncio.create_task(self._audit(longest_s))
         try:
             await self._watch.until(self._well, longest_s)
@@ -157,7 +163,8 @@ class Rehearsal:
 
     def _well(self) -> bool:
         streams = self._drill.recovery is Recovery.STREAMS
-        return (streams or self._recovered_s() is not None) and self._whole_s() is not None
+        recovered = streams or self._recovered_s() is not None
+        return recovered and self._whole_s() is not None and bool(self._sign())
 
     async def _audit(self, longest_s: float) -> None:
         """Audit again and again until it is clean; not at once, when nobody has noticed yet."""
@@ -200,16 +207,30 @@ class Rehearsal:
     def _end_s(self) -> float:
         return self._fault_s if self._heal_s is None else self._heal_s
 
+    def _samples(self) -> list[Sample]:
+        return [sample for sample in self._watch.samples if sample.at_s <= self._until_s]
+
     def _answers_s(self) -> float | None:
-        return judge.answers_s(self._watch.samples, fault_s=self._fault_s)
+        return judge.answers_s(self._samples(), fault_s=self._fault_s)
+
+    def _sign(self) -> str:
+        """Say what has shown the fault so far."""
+        evidence = signs.Evidence(
+            struck=self._injection.struck,
+            samples=self._samples(),
+            fault_s=self._fault_s,
+            heal_s=self._end_s(),
+            fault_ms=self._began_ms + round(self._fault_s * 1000),
+            requests=self._load.requests,
+            told=self._injection.seen,
+        )
+        return signs.seen(self._drill.sign, evidence)
 
     def _recovered_s(self) -> float | None:
         how = self._drill.recovery
         from_s = judge.starts_s(how, self._fault_s, self._end_s(), self._answers_s())
         if how is not Recovery.STREAMS:
-            return judge.recovered_s(
-                how, self._injection.struck, self._watch.samples, from_s=from_s
-            )
+            return judge.recovered_s(how, self._injection.struck, self._samples(), from_s=from_s)
         if self._wish.live:
             return judge.flowing_s(self._watch.live.seconds, fault_s=self._fault_s)
         before = judge.traffic_of(self._load.requests, fault_s=self._fault_s, compared=False)
@@ -229,11 +250,11 @@ class Rehearsal:
     def _mark(self, at_s: float, kind: str, text: str) -> None:
         self._marks.append(Mark(at_s=round(at_s, 3), kind=kind, text=text))
 
-    async def _note_events(self, began_ms: int) -> None:
+    async def _note_events(self) -> None:
         """Put what the fleet said of itself on the time line."""
         with contextlib.suppress(RegistryError):
             for event in await self._calm.fleet.events(200):
-                at_s = (event.at_ms - began_ms) / 1000
+                at_s = (event.at_ms - self._began_ms) / 1000
                 if at_s >= 0 and (at_s >= self._fault_s or event.level is not EventLevel.INFO):
                     self._mark(at_s, "event", f"{event.kind} {event.subject}: {event.message}")
 
@@ -261,6 +282,7 @@ class Rehearsal:
             exact_s=self._exact_s,
             drift=drift,
             left=left,
+            sign=self._sign(),
             trespass=judge.trespass(self._injection.struck, self._watch.samples),
             traffic=traffic,
         )
@@ -284,7 +306,7 @@ class Rehearsal:
             started=self._started.isoformat(timespec="seconds"),
             length_s=round(self._clock(), 1),
             budget=self._budget,
-            verdict=judge.judge(drill.recovery, self._budget, seen),
+            verdict=judge.judge(drill.recovery, drill.sign, self._budget, seen),
             seen=seen,
             seconds=seconds,
             marks=tuple(sorted(self._marks, key=lambda mark: mark.at_s)),

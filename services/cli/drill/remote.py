@@ -18,6 +18,7 @@ from services.cli.drill.catalogue import Drill, Fault
 from services.cli.drill.injection import Injection, cannot
 from services.cli.drill.records import Struck
 from services.cli.drill.scene import Scene
+from services.cli.observing import info_of
 from shared.errors import InvalidInputError, RegistryError
 from shared.models.deployment import Deployment, DeploymentSpec
 from shared.models.drill import DrillAct, DrillWish
@@ -91,8 +92,9 @@ async def by_redis(drill: Drill, registry: Registry, hold_s: float) -> Injection
         raise cannot(drill, "a Redis Cluster is disturbed node by node: use its own tools")
 
     async def disconnect() -> None:
-        await command("CLIENT", "KILL", "TYPE", "pubsub")
-        await command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+        cut = await command("CLIENT", "KILL", "TYPE", "pubsub")
+        cut += await command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+        cutting.seen = f"{cut} were cut" if cut else ""
 
     async def pause() -> None:
         await command("CLIENT", "PAUSE", round(hold_s * 1000), "ALL")
@@ -103,16 +105,17 @@ async def by_redis(drill: Drill, registry: Registry, hold_s: float) -> Injection
     async def failover() -> None:
         await command("FAILOVER", "TIMEOUT", 5000)
 
+    cutting = Injection("CLIENT KILL of every connection to Redis", Struck(), disconnect)
     match drill.fault:
         case Fault.REDIS_DISCONNECT:
-            return Injection("CLIENT KILL of every connection to Redis", Struck(), disconnect)
+            return cutting
         case Fault.REDIS_AWAY:
             told = f"CLIENT PAUSE for {hold_s:g} s: Redis answers nobody"
             return Injection(told, Struck(), pause, heal=nothing)
         case _:
             if "+sentinel" in registry.connection.shown_url:
                 raise cannot(drill, "Sentinels decide there: `SENTINEL FAILOVER NAME` on one")
-            info = _info(await command("INFO", "replication"))
+            info = info_of(await command("INFO", "replication"))
             if info.get("role") != "master" or int(info.get("connected_slaves", "0")) < 1:
                 raise cannot(
                     drill,
@@ -120,15 +123,6 @@ async def by_redis(drill: Drill, registry: Registry, hold_s: float) -> Injection
                     "by `redmesh up --links`",
                 )
             return Injection("FAILOVER to a replica of Redis", Struck(), failover)
-
-
-def _info(reply: object) -> dict[str, str]:
-    """Read INFO, whether the client library has parsed it or not."""
-    if isinstance(reply, dict):
-        return {str(name): str(value) for name, value in reply.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType] - any reply
-    text = reply.decode(errors="replace") if isinstance(reply, bytes) else str(reply)
-    pairs = (line.partition(":") for line in text.splitlines())
-    return {name: value.strip() for name, _, value in pairs}
 
 
 def by_declaring(scene: Scene, registry: Registry) -> Injection:
@@ -158,4 +152,4 @@ def by_declaring(scene: Scene, registry: Registry) -> Injection:
         await declare(before, "the drill rolls the revision from before again")
 
     told = f"revision {after.revision()} of {scene.model} instead of {before.revision()}"
-    return Injection(told, Struck(), roll, heal=back)
+    return Injection(told, Struck(revision=after.revision()), roll, heal=back)

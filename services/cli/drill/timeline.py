@@ -47,6 +47,8 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
     first_byte_s: float = 0.0
     """Sum of times to first byte."""
     in_flight: float = 0.0
+    moved: float = 0.0
+    """Tries and streams that lost their replica."""
 
 
 def grown(before: Counts | None, after: Counts) -> Counts:
@@ -63,6 +65,7 @@ def grown(before: Counts | None, after: Counts) -> Counts:
         first_bytes=max(0.0, after.first_bytes - base.first_bytes),
         first_byte_s=max(0.0, after.first_byte_s - base.first_byte_s),
         in_flight=after.in_flight,
+        moved=max(0.0, after.moved - base.moved),
     )
 
 

@@ -11,6 +11,7 @@ _SHOWN: Final = 12
 """Events that the text names; the JSON has all."""
 
 WHY: Final = {
+    "fault": "A fault that nobody can see has not been rehearsed, whatever else was kept.",
     "traffic": "A drill without traffic proves nothing.",
     "failed": "Requests that got an error before a single byte of an answer.",
     "broken": "Answers that had begun and were cut, ended early, or had another text than without "

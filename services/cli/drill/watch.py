@@ -14,8 +14,8 @@ import msgspec
 from services.cli.drill import live
 from services.cli.drill.records import Sample
 from services.cli.drill.scene import Scene, is_whole
-from services.cli.observing import ALIVE_MS, leader_of
-from shared.errors import RegistryError
+from services.cli.observing import ALIVE_MS, info_of, leader_of
+from shared.errors import RegistryError, RegistryRefusedError
 from shared.models.host import Member, MemberKind
 from shared.models.replica import ReplicaState
 from shared.registry import Registry
@@ -78,8 +78,9 @@ class Watch:
                 second = int(began_s)
                 self.live.take(second - 1, pages)
             away = frozenset(name for name, page in pages.items() if page is None or page.away)
+            moved = sum(page.counts.moved for page in pages.values() if page is not None)
             sample = await self._sample_slowly(began_s)
-            self._add(msgspec.structs.replace(sample, away=away))
+            self._add(msgspec.structs.replace(sample, away=away, moved=moved))
             await asyncio.sleep(max(0.0, SLOW_EVERY_S - (self._clock() - began_s)))
 
     def _add(self, sample: Sample) -> None:
@@ -109,8 +110,11 @@ class Watch:
                 deployment = (await registry.fleet.deployments()).get(model)
                 replicas = (await registry.replicas.snapshot(model)).replicas
                 leader = await leader_of(registry)
+                oldest = await registry.fleet.events(1, "0")
+                redis_id = await self._redis_id()
         except (RegistryError, TimeoutError):
             return Sample(at_s=at_s, redis=False)
+        ready = [r for r in replicas.values() if r.state is ReplicaState.READY]
         members = tuple(each.member for each in seen if each.seen_ms_ago < ALIVE_MS)
         if any(member.kind is MemberKind.PROXY for member in members):
             self._members = members
@@ -121,7 +125,10 @@ class Watch:
         return Sample(
             at_s=at_s,
             redis=True,
-            ready=frozenset(r.rid for r in replicas.values() if r.state is ReplicaState.READY),
+            ready=frozenset(r.rid for r in ready),
+            revisions=frozenset(r.revision for r in ready),
+            redis_id=redis_id,
+            oldest_ms=int(oldest[0].id.partition("-")[0]) if oldest else 0,
             leader=leader,
             holders=holders,
             members={member.field: member.pid for member in members},
@@ -129,3 +136,11 @@ class Watch:
             and deployment is not None
             and is_whole(deployment, replicas, members, leader),
         )
+
+    async def _redis_id(self) -> str | None:
+        """Name the process that answers; None where it may not be asked."""
+        try:
+            reply = await self._registry.connection.command("INFO", "server")
+        except RegistryRefusedError:
+            return None
+        return info_of(reply).get("run_id")

@@ -19,6 +19,8 @@ class Memo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     next_offset: int = 0
     finished: bool = False
     refusal: str = ""
+    failovers: int = 0
+    """How often the stream has lost its replica and gone on elsewhere."""
     prompt_ids: list[int] | None = None
     """In the first memo: the prompt."""
     identity: Identity | None = None

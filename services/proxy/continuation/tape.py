@@ -107,6 +107,7 @@ class Tape:
         "_steady",
         "_told",
         "error",
+        "failovers",
         "finished",
         "ids",
         "prompt_ids",
@@ -137,6 +138,8 @@ class Tape:
         self.finished = False
         """A finish reason was delivered: the answer is whole."""
         self.usage_told = False
+        self.failovers = 0
+        """How often the stream has lost its replica and gone on elsewhere."""
         self.error = ""
         """Why the replica's stream cannot go on; empty while it can."""
         self.refusal = ""
@@ -256,6 +259,7 @@ class Tape:
             next_offset=self._next_offset,
             finished=self.finished,
             refusal=self.refusal,
+            failovers=self.failovers,
             prompt_ids=self.prompt_ids.tolist() if introduces else None,
             identity=decode_identity(self._first) if introduces else None,
         )
@@ -277,6 +281,7 @@ class Tape:
         self._next_offset = memo.next_offset
         self.finished = memo.finished
         self.refusal = memo.refusal
+        self.failovers = memo.failovers
         if memo.prompt_ids is not None:
             self.prompt_ids = array("I", memo.prompt_ids)
         if memo.identity is not None:

@@ -122,6 +122,7 @@ class StreamRoom:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _go_on(self, stream: str, asked: Asked, claimed: Claimed, table: ModelTable) -> None:
+        writer = self._writer(claimed.epoch)
         try:
             memos = [_MEMO.decode(tape) for tape in claimed.tapes]
             request = inbound(
@@ -129,17 +130,16 @@ class StreamRoom:
             )
         except (msgspec.DecodeError, RefusedError) as error:
             _log.warning("journal_not_read", stream=stream[:8], reason=str(error))
-            await self.streams.close(stream, StreamState.LOST)
+            await self.streams.close(stream, StreamState.LOST, writer)
             return
         if not claimed.whole:
             _log.warning("journal_not_whole", stream=stream[:8])
-            await self.streams.close(stream, StreamState.LOST)
+            await self.streams.close(stream, StreamState.LOST, writer)
             return
         _log.info("stream_taken_over", stream=stream[:8], last=claimed.last)
         journal = Journal(stream, None, Tape.recall(request.tape or Options(), memos))
         journal.recall(claimed.last, claimed.size_bytes)
         self.fleet.metrics.resumes.labels("taken_over").inc()
-        writer = self._writer(claimed.epoch)
         self._write(asked, table, request, journal, writer, _nobody, stream)
 
     def _write(

@@ -70,8 +70,8 @@ class Streams(Protocol):
         """Take a stream over."""
         ...
 
-    async def close(self, stream: str, state: StreamState) -> None:
-        """End a stream for good."""
+    async def close(self, stream: str, state: StreamState, writer: Writer | None = None) -> bool:
+        """End a stream for good; False if another writer goes on with it."""
         ...
 
 
@@ -152,7 +152,7 @@ class Writing:
         while journal.keeping is Keeping.KEPT and not self._over:
             await self._wait()
             await self._flush()
-        if journal.keeping in {Keeping.NONE, Keeping.GIVEN_UP}:
+        if journal.keeping is Keeping.NONE:
             if journal.client is None:
                 self._stop()
             await self._close()
@@ -192,7 +192,7 @@ class Writing:
             return
         self._append = self._append or journal.collect()
         if journal.size_bytes > self._limits.size_bytes:
-            self._give_up("the journal became too long")
+            await self._give_up("the journal became too long")
             return
         append = self._append or Append()
         state = StreamState.LIVE
@@ -201,7 +201,7 @@ class Writing:
         appended = await self._call(append, state, self._writer)
         self._flushed_s = self._loop.time()
         if appended is not None:
-            self._learn(appended, append.last or journal.collected, state)
+            await self._learn(appended, append.last or journal.collected, state)
 
     async def _call(self, append: Append, state: StreamState, writer: Writer) -> Appended | None:
         began_s = self._loop.time()
@@ -226,7 +226,7 @@ class Writing:
         if self._loop.time() - began_s < SHOW_S + FROZEN_S:
             self.journal.show_all()
 
-    def _learn(self, appended: Appended, last: int, state: StreamState) -> None:
+    async def _learn(self, appended: Appended, last: int, state: StreamState) -> None:
         journal = self.journal
         if appended.status == "OK":
             self._append = None
@@ -235,10 +235,14 @@ class Writing:
             if not self._over:
                 self._mind_readers(appended.idle_ms)
         elif appended.status in {"FENCED", "ENDED"}:
-            _log.warning("journal_refused", stream=self.stream[:8], reason=appended.status)
-            self.cancel()
+            self._refused(appended.status)
         else:
-            self._give_up(f"the journal is not what it was ({appended.status})")
+            await self._give_up(f"the journal is not what it was ({appended.status})")
+
+    def _refused(self, reason: str) -> None:
+        """End at once: somebody else goes on with the stream, or nobody may."""
+        _log.warning("journal_refused", stream=self.stream[:8], reason=reason)
+        self.cancel()
 
     def _mind_readers(self, idle_ms: int) -> None:
         """Stop when nobody has read for too long: who comes later finds another proxy."""
@@ -252,7 +256,11 @@ class Writing:
             self._over = True
             self._stop()
 
-    def _give_up(self, reason: str) -> None:
+    async def _give_up(self, reason: str) -> None:
+        """Keep no journal from now on; unless it is another proxy's, which goes on with it."""
+        if not await self._close():
+            self._refused("FENCED")
+            return
         _log.warning("journal_given_up", stream=self.stream[:8], reason=reason)
         self.journal.give_up()
         if self.journal.client is None:
@@ -262,13 +270,18 @@ class Writing:
         if self.exchange is not None and not self.exchange.done:
             self.exchange.client_gone()
 
-    async def _close(self) -> None:
+    async def _close(self) -> bool:
+        """End the journal in Redis; False if it is another proxy's by now."""
+        patience = self._loop.call_later(SHOW_S, self._impatient, self._loop.time())
         try:
             async with asyncio.timeout(DEADLINE_S):
-                await self._streams.close(self.stream, StreamState.LOST)
+                return await self._streams.close(self.stream, StreamState.LOST, self._writer)
         except (RegistryError, TimeoutError) as error:
             self._troubled()
             _log.warning("journal_not_closed", stream=self.stream[:8], reason=str(error))
+            return True
+        finally:
+            patience.cancel()
 
 
 async def _set_within(event: asyncio.Event, timeout_s: float) -> None:

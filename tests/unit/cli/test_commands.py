@@ -12,6 +12,7 @@ from shared.models.event import Event, EventLevel
 from shared.models.host import Host, Member, MemberKind
 from shared.models.replica import Replica, ReplicaState
 from shared.registry import Registry, open_registry
+from shared.registry.replicas import ReplicaBeat
 from shared.registry.results import Fence
 from shared.secret import Secret
 from shared.settings import CommonSettings
@@ -256,6 +257,28 @@ def test_an_audit_of_an_idle_fleet_is_clean(
     assert [(each["kind"], each["subject"], each["delta"]) for each in findings] == [
         ("requests", "tiny-000001", 3)
     ]
+
+
+def test_an_audit_names_the_engines_that_it_did_not_hear(
+    do: Do, models: Path, fill: Callable[..., None]
+) -> None:
+    """An engine of which nobody reports is not said to agree; once it is heard, it is."""
+    do("apply", "-f", str(models))
+    fill(_fleet)
+    code, out, _ = do("audit")
+    assert code == 0
+    assert "ledger, proxies and engines agree" not in " ".join(out.split())
+    assert "tiny-000001" in out
+    assert json.loads(do("audit", "-o", "json")[1])["unheard"] == ["tiny-000001"]
+
+    async def report(registry: Registry) -> None:
+        await registry.replicas.heartbeat("tiny", [ReplicaBeat(rid="tiny-000001", gen=7)])
+
+    fill(report)
+    code, out, _ = do("audit")
+    assert code == 0
+    assert "clean: ledger, proxies and engines agree" in " ".join(out.split())
+    assert json.loads(do("audit", "-o", "json")[1])["unheard"] == []
 
 
 def test_redis_runs_one_command(do: Do, key_prefix: str) -> None:

@@ -28,6 +28,7 @@ from services.cli.drill.records import (
     Struck,
     Traffic,
 )
+from services.cli.drill.signs import Sign
 
 GOOD = Traffic(driven=True, count=9, ok=9, failed=0, broken=0, own=0, resent=0, outcomes={})
 WELL = Seen(
@@ -39,6 +40,7 @@ WELL = Seen(
     exact_s=5.0,
     drift=0,
     left=0,
+    sign="after 0.10 s",
     traffic=GOOD,
 )
 BUDGET = Budget(recover_s=1.0, whole_s=5.0, drift_s=3.0)
@@ -54,7 +56,7 @@ def missed(
     changed = msgspec.structs.replace(
         WELL, traffic=msgspec.structs.replace(GOOD, **traffic), **seen
     )
-    verdict = judge(how, budget, changed)
+    verdict = judge(how, Sign.OUT, budget, changed)
     names = {check.name for check in verdict.checks if not check.passed}
     assert verdict.passed == (not names)
     return names
@@ -80,6 +82,7 @@ def missed(
         ({"drift": 1}, {"drift"}),
         ({"left": 1}, {"left"}),
         ({"trespass": "two led"}, {"trespass"}),
+        ({"sign": ""}, {"fault"}),
         ({"heal_s": 8.0, "whole_s": 12.0, "exact_s": 10.0}, set[str]()),
     ],
 )
@@ -153,7 +156,19 @@ NOBODY = frozenset[str]()
             ],
             4.0,
         ),
-        (Recovery.ROLLED, Struck(), [{"whole": True}, {"whole": False}, {"whole": True}], 3.0),
+        (
+            Recovery.ROLLED,
+            Struck(revision="new"),
+            [
+                {"whole": True, "revisions": frozenset({"new"})},
+                {"whole": True, "revisions": frozenset({"old"})},
+                {"whole": False, "revisions": frozenset({"new"})},
+                {"whole": True, "revisions": frozenset({"old", "new"})},
+                {"whole": True, "revisions": frozenset({"new"})},
+            ],
+            5.0,
+        ),
+        (Recovery.STREAMS, Struck(), [{"whole": True}] * 3, None),
     ],
 )
 def test_recovery_is_the_first_sample_that_shows_it(
@@ -170,6 +185,10 @@ def test_redis_answers_when_it_was_away_and_is_back() -> None:
     assert answers_s(samples(there, away, there, away, there), fault_s=1.5) == 5.0
     assert answers_s(samples(away, there, there), fault_s=1.5) is None
     assert answers_s(samples(there, away), fault_s=1.5) is None
+    one, other = {"redis_id": "a"}, {"redis_id": "b"}
+    assert answers_s(samples(one, one, {}, other, other), fault_s=1.5) == 4.0
+    assert answers_s(samples(one, away, one, other), fault_s=1.5) == 3.0
+    assert answers_s(samples({}, other, one), fault_s=1.5) is None
 
 
 def test_whole_is_since_the_last_break() -> None:

@@ -40,6 +40,7 @@ def report(*, broken: int = 0, seconds: int = 12) -> Report:
         exact_s=5.5,
         drift=0,
         left=0,
+        sign="after 0.10 s",
         traffic=traffic,
     )
     return Report(
@@ -55,7 +56,7 @@ def report(*, broken: int = 0, seconds: int = 12) -> Report:
         started="2026-01-01T00:00:00+00:00",
         length_s=12.0,
         budget=DRILL.budget,
-        verdict=judge.judge(DRILL.recovery, DRILL.budget, seen),
+        verdict=judge.judge(DRILL.recovery, DRILL.sign, DRILL.budget, seen),
         seen=seen,
         seconds=tuple(
             Second(

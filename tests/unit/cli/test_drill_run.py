@@ -8,7 +8,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from services.cli.drill import production, rehearsal
+from services.cli.drill import production, rehearsal, remote
+from services.cli.drill.injection import Injection
+from services.cli.drill.records import Struck
 from services.cli.main import main
 from shared.models.drill import Production
 from shared.models.host import Hold
@@ -91,6 +93,28 @@ def test_redis_that_answers_nobody_is_seen_away_and_back(
     assert code == 0, f"{out}\n{err}"
     seen = json.loads(out)["seen"]
     assert seen["fault_s"] < seen["answers_s"] <= seen["recovered_s"]
+
+
+def test_a_fault_that_nobody_saw_is_missed(
+    run: Run, settings: CommonSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where the fault did not strike, all is well, and nothing has been rehearsed: exit code 1."""
+
+    async def nothing() -> None:
+        """Do what an injector does that has no effect."""
+
+    async def idle(*_: object) -> Injection:
+        return Injection("nothing at all", Struck(), nothing, heal=nothing)
+
+    monkeypatch.setattr(remote, "by_redis", idle)
+    monkeypatch.setattr(rehearsal, "LONGER_S", 0.5)
+    with PretendedMesh(settings):
+        budget = "recover_s=1,whole_s=1,drift_s=2"
+        code, out, _ = run("redis-away", "--hold", "1", "--budget", budget)
+    assert code == 1, out
+    missed = [c["name"] for c in report(tmp_path)["verdict"]["checks"] if not c["passed"]]
+    assert missed == ["fault"]
+    assert "the fault is seen: Redis answers nobody" in out
 
 
 def test_a_broken_stream_misses_the_budget(run: Run, settings: CommonSettings) -> None:

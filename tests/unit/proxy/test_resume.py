@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import AsyncGenerator
 from typing import Any
 
+import httpx
 import pytest
 
 from services.proxy.resume import room, writing
@@ -20,7 +21,14 @@ from tests.support.waiting import wait_until
 from tests.unit.proxy.engine import Engine, Exchanged
 from tests.unit.proxy.resumption import RESUMABLE, Got, ask, die, journals, resume, up_to, written
 from tests.unit.proxy.rig import MODEL, Rig, chat
-from tests.unit.proxy.test_stream_failover import CHAT, COMPLETIONS, Sim, request, sims
+from tests.unit.proxy.test_stream_failover import (
+    CHAT,
+    COMPLETIONS,
+    Sim,
+    failovers,
+    request,
+    sims,
+)
 
 USAGE = {"stream_options": {"include_usage": True}}
 SLOW = ("--step-ms", "15")
@@ -158,19 +166,40 @@ async def test_many_readers_of_a_dead_proxy_s_stream() -> None:
 
 
 async def test_a_stream_survives_one_proxy_after_another() -> None:
-    """It is taken over again and again, and it is still the same stream."""
+    """It is taken over again and again, without end, and it is still the same stream."""
     asked = request(CHAT, max_tokens=80, **USAGE)
     async with site(*SLOW) as (_, first, second):
         wanted = read((await first.http.post(CHAT, json=asked)).content)
         body = (got := await ask(first, CHAT, asked, events=6)).body
         writer = first
-        for reader in (second, first, second):
+        for reader in (second, first, second, first, second):
             await die(writer)
             seen = body.count(b"\n\n")
             body += (await resume(reader, got.stream, seen, events=6)).body
             writer = reader
         body += (await resume(first, got.stream, body.count(b"\n\n"))).body
         same(read(Got("", body).plain), wanted)
+
+
+async def test_lost_replicas_count_whoever_writes() -> None:
+    """A stream that has lost its replica three times goes on no more, at another proxy either."""
+    asked = request(CHAT, max_tokens=200)
+    async with site(*SLOW) as (engines, first, second):
+        wanted = read((await first.http.post(CHAT, json=asked)).content)
+        for engine, tokens in zip(engines, (7, 9), strict=True):
+            await engine.cut(tokens)
+        got = await ask(first, CHAT, asked, events=20)
+        assert failovers(first, "exact") == 2
+        await die(first)
+        for engine in engines:
+            await engine.cut(3, count=2)
+        whole = await resume(second, got.stream)
+        assert whole.body.startswith(got.body)
+        broken = read(whole.plain)
+        assert "3 times" in broken.errors[0]["message"]
+        assert wanted.text.startswith(broken.text)
+        # To be taken over is none of the three: it went on once more before it was refused.
+        assert failovers(second, "exact") == 2
 
 
 async def test_a_sampled_stream_never_shows_two_answers() -> None:
@@ -280,6 +309,31 @@ async def test_a_thawed_writer_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
         body = got.body + rest.body
         body += (await resume(second, got.stream, 16)).body
         same(read(Got("", body).plain), read((await first.http.post(CHAT, json=asked)).content))
+
+
+@pytest.mark.parametrize("temperature", [0, 0.9])
+async def test_a_former_writer_that_gives_up_harms_no_successor(
+    monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    """A proxy that was cut off while another took its stream over cannot end that one's journal."""
+    asked = request(CHAT, max_tokens=150, temperature=temperature)
+    async with site(*SLOW) as (_, first, second):
+        first.room.streams = troubled = Troubled(first.journals)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType] - a proxy of it
+        begun = asyncio.create_task(ask(first, CHAT, asked))
+        await wait_until(lambda: written(first) and written(first)[0].journal.collected > 5)
+        (former,) = written(first)
+        troubled.away = True
+        rest = await resume(second, former.stream, 0, events=16)
+        # From now on, whatever it has written is too long for its journal.
+        monkeypatch.setattr(former, "_limits", writing.Limits(size_bytes=0, orphan_s=60))
+        troubled.away = False
+        with pytest.raises(httpx.HTTPError):  # its client is told to come again
+            await begun
+        await wait_until(first.idle)
+        whole = await resume(second, former.stream)
+        assert whole.body.startswith(rest.body)
+        answer = read(whole.plain)
+        assert (answer.errors, answer.done) == ([], True)
 
 
 async def test_redis_is_away_for_a_while() -> None:
