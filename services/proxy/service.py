@@ -23,6 +23,7 @@ from services.proxy.serving import Fleet
 from services.proxy.settings import ProxySettings
 from services.proxy.table import Tables
 from services.proxy.tablefile import TableFile
+from services.proxy.workers.tie import Announcement, Tie
 from shared.admin import AdminServer, Answer, health_routes, json_answer
 from shared.clock import SystemClock
 from shared.errors import RegistryError, RegistryUnavailableError
@@ -33,6 +34,7 @@ from shared.registry.connection import check_schema
 
 LAST_RELEASES_S: Final = 2.0
 SCHEMA_AGAIN_S: Final = 1.0
+READY_POLL_S: Final = 0.02
 
 _log = structlog.get_logger(__name__)
 
@@ -129,15 +131,15 @@ class Service:
             }
         )
 
-    async def run(self, listening: socket.socket, port: int) -> None:
-        """Serve until told to stop, then drain."""
+    async def run(self, listening: socket.socket, port: int, tie: Tie | None = None) -> None:
+        """Serve until told to stop, then drain. A worker has a `tie` to its parent."""
         server = make_server(
             build_app(
                 self._fleet,
                 self._room,
                 version=_version(),
                 ready=self.ready,
-                metrics=self._show,
+                metrics=tie.metrics if tie is not None else self._shown,
             ),
             self._settings,
         )
@@ -153,8 +155,11 @@ class Service:
         ) as admin:
             with stop_signals() as stop:
                 async with Loops() as loops:
-                    serving = self._start(loops, server, listening)
+                    serving = self._start(loops, server, listening, shared=tie is not None)
                     loops.start("member", self._be_member(port, admin.url))
+                    if tie is not None:
+                        loops.start("parent", _stop_with_parent(tie, stop))
+                        tie.announce(Announcement(self._proxy, admin.url))
                     _log.info("proxy_started", proxy=self._proxy, port=port, admin=admin.url)
                     gc.collect()
                     gc.freeze()
@@ -167,7 +172,12 @@ class Service:
         self._metrics.resumable.set(len(self._room))
         return prometheus_client.generate_latest(self._metrics.registry)
 
-    def _start(self, loops: Loops, server: Server, listening: socket.socket) -> asyncio.Task[None]:
+    async def _shown(self) -> bytes:
+        return self._show()
+
+    def _start(
+        self, loops: Loops, server: Server, listening: socket.socket, *, shared: bool
+    ) -> asyncio.Task[None]:
         loops.start("schema", self._prove_schema())
         loops.start("hints", self._convergence.run_hints())
         loops.start("catalogue", self._convergence.run_catalogue())
@@ -177,7 +187,16 @@ class Service:
         loops.start("polls", self._fleet.run_polls())
         loops.start("beats", every(self._beats.interval_s, self._beats.beat_all))
         loops.start("connections", server.sweep_connections())
-        return loops.start("serve", server.serve(sockets=[listening]))
+        return loops.start("serve", self._serve(server, listening, shared=shared))
+
+    async def _serve(self, server: Server, listening: socket.socket, *, shared: bool) -> None:
+        """Serve; on a shared port only once requests can be answered, for others can already."""
+        while shared and not self._tables.catalogued:
+            if self._draining:
+                listening.close()
+                return
+            await asyncio.sleep(READY_POLL_S)
+        await server.serve(sockets=[listening])
 
     async def _prove_schema(self) -> None:
         """Check the data's schema once Redis can be asked; another schema ends the service.
@@ -260,6 +279,12 @@ class Service:
             seconds=round(self._fleet.now_s() - began_s, 3),
             refused=server.ending.refused,
         )
+
+
+async def _stop_with_parent(tie: Tie, stop: asyncio.Event) -> None:
+    await tie.parent_ended()
+    _log.warning("parent_ended", action="drain")
+    stop.set()
 
 
 def _version() -> str:

@@ -22,7 +22,7 @@ from shared.registry import Registry
 from shared.registry.leadership import Leading
 from shared.registry.results import Fence
 from shared.registry.specs import spec_fields
-from tests.support.mesh import REDMESH, ROOT, environment
+from tests.support.mesh import REDMESH, ROOT, environment, free_ports
 from tests.support.servers import free_port
 from tests.support.waiting import wait_until
 
@@ -79,16 +79,22 @@ class ProxyProcess:
 
 @asynccontextmanager
 async def proxy(
-    redis_url: str, *, prefix: Sequence[str] = (), log: str = "/dev/null", **settings: object
+    redis_url: str,
+    *,
+    prefix: Sequence[str] = (),
+    log: str = "/dev/null",
+    workers: int = 1,
+    **settings: object,
 ) -> AsyncGenerator[ProxyProcess]:
     """Run `redmesh proxy` while the block runs, behind the command `prefix`; its log in `log`."""
-    port, admin_port = free_port(), free_port()
+    port, admin_port = free_port(), free_ports(1 + workers)
     given = {
         "redis_url": redis_url,
         "fleet_secret": FLEET_SECRET,
         "port": port,
         "admin_port": admin_port,
         "log_format": "json",
+        "workers": workers,
         **settings,
     }
     with open(log, "ab") as output:  # noqa: ASYNC230, PTH123 - before anything runs
