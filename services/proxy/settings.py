@@ -15,8 +15,7 @@ class ProxySettings(CommonSettings, frozen=True, kw_only=True):
     admin_port: int = 0
     """Admin port; 0 takes any free one."""
     workers: int = 1
-    """Worker processes that share the public port, each a proxy of its own in the ledger; limits
-    of a proxy are those of each. Their admin ports follow the given one, which shows their sum."""
+    """Worker processes that share the public port; at most one for each core."""
     proxy_name: str = ""
     """Name of this proxy; empty: `px-<host>-<port>`. A random suffix is always added."""
     state_dir: str = ""

@@ -32,8 +32,10 @@ WORKERS = 2
 USERS = 60
 TOKENS = 30
 STEP_MS = 30
-AUDIT_S = 10.0
-"""Silent for 5 s, then suspect for 2 s, and a look."""
+REAPED_S = 7.0
+"""Silent for 5 s, then suspect for 2 s."""
+SLACK_S = 2.5
+"""Beats of about a second on either side of it, on a busy machine."""
 
 pytestmark = [pytest.mark.mesh, pytest.mark.timeout(120)]
 
@@ -150,6 +152,13 @@ async def test_workers_share_the_load_and_show_their_sum(site: Site) -> None:
         assert _answered(page) == report.ok
         assert f'redmesh_proxy_ready_replicas{{model="{MODEL}"}} 2.0' in page.text
         assert f"redmesh_proxy_workers {WORKERS}.0" in page.text
+    frozen = (await site.workers())[0].pid
+    os.kill(frozen, signal.SIGSTOP)
+    try:
+        assert _answered(await site.proxy.get("/metrics")) == report.ok, "as it was shown last"
+        assert await site.proxy.ready(), "the other one is"
+    finally:
+        os.kill(frozen, signal.SIGCONT)
     assert await site.audit_is_clean()
 
 
@@ -188,16 +197,15 @@ async def test_a_killed_worker_loses_its_own_streams_and_is_replaced(site: Site)
         async def reaped() -> bool:
             return victim.id not in await site.registry.ledger.proxies(MODEL)
 
-        await wait_until(reaped, timeout_s=AUDIT_S + 5, what="its reservations are reaped")
+        await wait_until(reaped, timeout_s=REAPED_S + SLACK_S, what="its reservations are reaped")
         reaped_s = time.monotonic() - began_s
-        await wait_until(site.audit_is_clean, timeout_s=AUDIT_S + 5, what="the audit is clean")
+        assert await site.audit_is_clean(), "at once"
         clean_s = time.monotonic() - began_s
         await wait_until(site.all_serve, timeout_s=20, what="it is replaced")
     report = load.report()
     told("SIGKILL", report, served=served_s, reaped=reaped_s, clean=clean_s)
     assert set(report.failures) <= {(Outcome.RESET, Phase.MIDWAY)}, report
     assert 0 < sum(report.failures.values()) < USERS
-    assert clean_s < AUDIT_S
     new = [worker for worker in await site.workers() if worker.pid != other.pid]
     assert [worker.id.rpartition("-")[0] for worker in new] == [victim.id.rpartition("-")[0]]
     page = await site.proxy.get("/metrics")

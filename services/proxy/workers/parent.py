@@ -78,7 +78,9 @@ class Parent:
         Raises PortTakenError, and OSError if the admin port is taken.
         """
         settings = self._settings
-        async with _held(settings.host, settings.port, settings.drain_delay_s) as port:
+        async with hold_port(
+            settings.host, settings.port, patience_s=settings.drain_delay_s + RELEASED_S
+        ) as port:
             pages = {
                 **health_routes(self._unready),
                 "/metrics": self._metrics,
@@ -210,14 +212,14 @@ class Parent:
 
 
 @contextlib.asynccontextmanager
-async def _held(host: str, port: int, drain_delay_s: float) -> AsyncGenerator[int]:
+async def hold_port(host: str, port: int, *, patience_s: float) -> AsyncGenerator[int]:
     """Hold the port while the block runs, without getting connections; yields its number.
 
     Port 0 becomes one number for all workers. A socket that shares its port would also share it
     with another proxy, by mistake: so one who listens there already is looked for. Workers of a
-    killed parent still do, for a moment.
+    killed parent still do, for a moment, hence some patience. Raises PortTakenError.
     """
-    deadline_s = time.monotonic() + drain_delay_s + RELEASED_S
+    deadline_s = time.monotonic() + patience_s
     while True:
         with bind(host, port, shared=True) as held:
             if not _is_listened_on(held):
