@@ -47,6 +47,8 @@ class _Slot:
     def __init__(self, number: int) -> None:
         self.number = number
         self.child: Child | None = None
+        self.failed = False
+        """One has ended by itself."""
         self.backoff = Backoff()
 
 
@@ -115,7 +117,8 @@ class Parent:
             code = await self._run_once(slot, given, f"{admin_url}/metrics")
             if self._ending.is_set():
                 return
-            if not self._was_up and not any(each.child for each in self._slots):
+            slot.failed = True
+            if not self._was_up and all(each.failed for each in self._slots):
                 # None has ever come up, so this is not a crash: they have said what is wrong.
                 self._code = code if code > 0 else 1
                 self._ending.set()

@@ -3,7 +3,7 @@
 import asyncio
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -192,7 +192,7 @@ def test_two_workers_write_one_copy_of_the_tables(
 
 
 @contextmanager
-def listening(port: int) -> Iterator[socket.socket]:
+def listening(port: int) -> Generator[socket.socket]:
     """Listen as a worker does."""
     with bind("127.0.0.1", port, shared=True) as listener:
         listener.listen()
