@@ -5,7 +5,8 @@ import gc
 import os
 import random
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
@@ -155,11 +156,12 @@ class Service:
         ) as admin:
             with stop_signals() as stop:
                 async with Loops() as loops:
-                    serving = self._start(loops, server, listening, shared=tie is not None)
-                    loops.start("member", self._be_member(port, admin.url))
+                    announce = None
                     if tie is not None:
                         loops.start("parent", _stop_with_parent(tie, stop))
-                        tie.announce(Announcement(self._proxy, admin.url))
+                        announce = partial(tie.announce, Announcement(self._proxy, admin.url))
+                    serving = self._start(loops, server, listening, announce)
+                    loops.start("member", self._be_member(port, admin.url))
                     _log.info("proxy_started", proxy=self._proxy, port=port, admin=admin.url)
                     gc.collect()
                     gc.freeze()
@@ -176,7 +178,11 @@ class Service:
         return self._show()
 
     def _start(
-        self, loops: Loops, server: Server, listening: socket.socket, *, shared: bool
+        self,
+        loops: Loops,
+        server: Server,
+        listening: socket.socket,
+        announce: Callable[[], None] | None,
     ) -> asyncio.Task[None]:
         loops.start("schema", self._prove_schema())
         loops.start("hints", self._convergence.run_hints())
@@ -187,15 +193,19 @@ class Service:
         loops.start("polls", self._fleet.run_polls())
         loops.start("beats", every(self._beats.interval_s, self._beats.beat_all))
         loops.start("connections", server.sweep_connections())
-        return loops.start("serve", self._serve(server, listening, shared=shared))
+        return loops.start("serve", self._serve(server, listening, announce))
 
-    async def _serve(self, server: Server, listening: socket.socket, *, shared: bool) -> None:
-        """Serve; on a shared port only once requests can be answered, for others can already."""
-        while shared and not self._tables.catalogued:
-            if self._draining:
-                listening.close()
-                return
-            await asyncio.sleep(READY_POLL_S)
+    async def _serve(
+        self, server: Server, listening: socket.socket, announce: Callable[[], None] | None
+    ) -> None:
+        """Serve; a worker only once it can answer, for others on its port can already."""
+        if announce is not None:
+            while not self._tables.catalogued:
+                if self._draining:
+                    listening.close()
+                    return
+                await asyncio.sleep(READY_POLL_S)
+            announce()
         await server.serve(sockets=[listening])
 
     async def _prove_schema(self) -> None:

@@ -48,7 +48,7 @@ class Tie:
             self._writer.close()
 
     def announce(self, announcement: Announcement) -> None:
-        """Say who this worker is, once its admin port answers."""
+        """Say who this worker is, once its admin port answers and it begins to listen."""
         if self._writer is not None:
             self._writer.write(msgspec.json.encode(announcement) + b"\n")
 
