@@ -203,6 +203,7 @@ class Rig:
         self.ver = 10
         self.stale: list[str] = []
         self.not_ready: str | None = None
+        self.no_metrics = False
         self.journals: Streams = NoJournals()
         """Where resumable streams are kept; to be set before the proxy runs."""
 
@@ -247,7 +248,7 @@ class Rig:
             self.room,
             version="0",
             ready=lambda: self.not_ready,
-            metrics=lambda: b"# metrics\n",
+            metrics=self._exposed,
         )
         listening = bind("127.0.0.1", 0)
         self.port: int = listening.getsockname()[1]
@@ -285,6 +286,11 @@ class Rig:
         self.ledger.ver = self.ver
         self.ledger.ready = {one.rid: one for one in replicas if one.state is ReplicaState.READY}
         self.tables.apply_snapshot(self._snapshot())
+
+    async def _exposed(self) -> bytes:
+        if self.no_metrics:
+            raise ConnectionRefusedError
+        return b"# metrics\n"
 
     def _snapshot(self) -> Snapshot:
         spec = {"desired_replicas": max(1, len(self.replicas)), **self.spec}
