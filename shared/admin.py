@@ -7,7 +7,8 @@ request, so that nothing a stranger sends can hold it up. It is not the data pla
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
 from typing import Final, Self
 
@@ -27,7 +28,9 @@ class Answer(msgspec.Struct, frozen=True):
     content_type: str = "application/json"
 
 
-Route = Callable[[], Answer]
+Route = Callable[[], Answer | Awaitable[Answer]]
+Readiness = Callable[[], str | Awaitable[str | None] | None]
+"""Returns None, or the reason why the service is not ready."""
 
 
 def json_answer(content: object, status: int = 200) -> Answer:
@@ -35,14 +38,16 @@ def json_answer(content: object, status: int = 200) -> Answer:
     return Answer(msgspec.json.encode(content), status)
 
 
-def health_routes(ready: Callable[[], str | None]) -> dict[str, Route]:
-    """Give the health routes; `ready` returns None, or the reason why the service is not ready."""
+def health_routes(ready: Readiness) -> dict[str, Route]:
+    """Give the health routes."""
 
     def live() -> Answer:
         return json_answer({"status": "live"})
 
-    def readiness() -> Answer:
+    async def readiness() -> Answer:
         reason = ready()
+        if inspect.isawaitable(reason):
+            reason = await reason
         if reason is None:
             return json_answer({"status": "ready"})
         return json_answer({"status": "not ready", "reason": reason}, 503)
@@ -97,7 +102,8 @@ class AdminServer:
         try:
             async with asyncio.timeout(REQUEST_DEADLINE_S):
                 head = await reader.readuntil(b"\r\n\r\n")
-            answer = self._answer(head)
+            async with asyncio.timeout(ANSWER_DEADLINE_S):
+                answer = await self._answer(head)
             async with asyncio.timeout(ANSWER_DEADLINE_S):
                 writer.write(_encode(answer))
                 await writer.drain()
@@ -108,7 +114,7 @@ class AdminServer:
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
 
-    def _answer(self, head: bytes) -> Answer:
+    async def _answer(self, head: bytes) -> Answer:
         parts = head.split(b"\r\n", 1)[0].decode("latin-1").split(" ")
         if len(parts) != 3:
             return _error(HTTPStatus.BAD_REQUEST, "the request line is malformed")
@@ -120,6 +126,8 @@ class AdminServer:
             known = ", ".join(sorted(self._routes))
             return _error(HTTPStatus.NOT_FOUND, f"no such page; there are: {known}")
         answer = route()
+        if inspect.isawaitable(answer):
+            answer = await answer
         return msgspec.structs.replace(answer, body=b"") if method == "HEAD" else answer
 
 

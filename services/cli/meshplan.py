@@ -43,6 +43,8 @@ class Wish(msgspec.Struct, frozen=True, kw_only=True):
     proxies: int
     controllers: int
     hosts: int
+    workers: int = 1
+    """Worker processes of each proxy."""
     links: bool = False
     """Put links that drills can cut between the processes, Redis and the engines."""
 
@@ -210,6 +212,7 @@ def children(
             "--port": str(wish.port + number),
             "--state-dir": str(state.proxy(number)),
             "--drain-timeout-s": f"{DRAIN_TIMEOUT_S:g}",
+            "--workers": str(wish.workers),
         }
         add(
             f"proxy-{number}",

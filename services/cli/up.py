@@ -64,6 +64,13 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     help="auto: vllm where its environment exists, else simulated engines.",
 )
 @click.option("--proxies", type=click.IntRange(1, 64), default=2, show_default=True)
+@click.option(
+    "--workers",
+    type=click.IntRange(1, 256),
+    default=1,
+    show_default=True,
+    help="Processes of each proxy, which share its port.",
+)
 @click.option("--controllers", type=click.IntRange(1, 16), default=2, show_default=True)
 @click.option(
     "--hosts", type=click.IntRange(1, 16), default=1, show_default=True, help="Agents to run."

@@ -1,6 +1,5 @@
 """The Litestar application: documented routes for people, ASGI routes for the data plane."""
 
-from collections.abc import Callable
 from typing import Any
 
 import structlog
@@ -10,7 +9,7 @@ from litestar.openapi import OpenAPIConfig
 from litestar.openapi.spec import OpenAPIResponse, Operation, PathItem, Reference
 
 from services.proxy import refusals
-from services.proxy.api.health import Readiness, health_routes
+from services.proxy.api.health import Exposition, Readiness, health_routes
 from services.proxy.api.hot import HotRoutes
 from services.proxy.api.listing import model_routes, refused
 from services.proxy.api.paths import ADDRESSED, ROUTES
@@ -27,7 +26,7 @@ def build_app(
     *,
     version: str,
     ready: Readiness,
-    metrics: Callable[[], bytes],
+    metrics: Exposition,
 ) -> Litestar:
     """Build the application around `fleet`, its hot routes and its resumable streams."""
     app = Litestar(

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
 import msgspec
 import structlog
@@ -18,30 +19,59 @@ from services.proxy.service import Service
 from services.proxy.settings import ProxySettings
 from services.proxy.table import Tables
 from services.proxy.tablefile import TableFile
+from services.proxy.workers.parent import Parent
+from services.proxy.workers.tie import Tie
 from shared import logs
-from shared.errors import RedmeshError, RegistryUnavailableError
+from shared.errors import InvalidInputError, RedmeshError, RegistryUnavailableError
 from shared.ids import check_name, new_suffix
 from shared.registry import Registry, open_registry
+
+MAX_WORKERS: Final = 256
+LAST_PORT: Final = 65_535
 
 _log = structlog.get_logger(__name__)
 
 
-def run(settings: ProxySettings) -> int:
-    """Run a proxy until SIGTERM or SIGINT; return the exit code."""
+def run(settings: ProxySettings, tie: Tie | None = None) -> int:
+    """Run a proxy until SIGTERM or SIGINT; return the exit code. A worker has a `tie`.
+
+    Raises InvalidInputError when the settings make no sense.
+    """
+    _check(settings)
     logs.configure(level=settings.log_level, style=settings.log_format, service="proxy")
     try:
+        if settings.workers > 1:
+            return asyncio.run(_supervise(settings))
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve(settings, os.environ))
+            runner.run(_serve(settings, os.environ, tie))
     except (RedmeshError, OSError) as error:
         sys.stderr.write(f"redmesh proxy: {error}\n")
         return 1
     return 0
 
 
-async def _serve(settings: ProxySettings, environ: Mapping[str, str]) -> None:
-    listening = bind(settings.host, settings.port)
+def _check(settings: ProxySettings) -> None:
+    if not 1 <= settings.workers <= MAX_WORKERS:
+        raise InvalidInputError(
+            f"REDMESH_WORKERS={settings.workers}: use 1 to {MAX_WORKERS}, at most one for each core"
+        )
+    if settings.workers > 1 and settings.admin_port + settings.workers > LAST_PORT:
+        raise InvalidInputError(
+            f"REDMESH_ADMIN_PORT={settings.admin_port}: {settings.workers} workers need as many "
+            f"ports after it, and the last one is {LAST_PORT}: choose a lower one"
+        )
+
+
+async def _supervise(settings: ProxySettings) -> int:
+    return await Parent(settings, os.environ).run()
+
+
+async def _serve(settings: ProxySettings, environ: Mapping[str, str], tie: Tie | None) -> None:
+    listening = bind(settings.host, settings.port, shared=tie is not None)
     port = listening.getsockname()[1]
     name = settings.proxy_name or f"px-{settings.host_name}-{port}"
+    if tie is not None:
+        name = f"{name}-w{tie.slot}"
     proxy = check_name("proxy_name", f"{name}-{new_suffix()}")
     tables = Tables()
     file = TableFile(Path(settings.state_dir)) if settings.state_dir else None
@@ -52,7 +82,11 @@ async def _serve(settings: ProxySettings, environ: Mapping[str, str]) -> None:
         raise
     try:
         service = Service(settings, environ, proxy, tables, file, hot, calm)
-        await service.run(listening, port)
+        if tie is None:
+            await service.run(listening, port)
+        else:
+            async with tie:
+                await service.run(listening, port, tie)
     finally:
         await hot.aclose()
         await calm.aclose()

@@ -33,8 +33,12 @@ class PortTakenError(RedmeshError):
     """The public port cannot be bound."""
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """Bind the public port; raises PortTakenError with one clear line."""
+def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
+    """Bind the public port; raises PortTakenError with one clear line.
+
+    With `shared` other processes bind it, too, and nobody listens yet: the kernel would give this
+    socket its share of the connections before somebody takes them.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -45,9 +49,12 @@ def bind(host: str, port: int) -> socket.socket:
         ) from error
     bound = socket.socket(family, kind, protocol)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if shared:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         bound.bind(address)
-        bound.listen(BACKLOG)
+        if not shared:
+            bound.listen(BACKLOG)
     except OSError as error:
         bound.close()
         raise PortTakenError(

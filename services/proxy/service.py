@@ -5,7 +5,8 @@ import gc
 import os
 import random
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
@@ -25,6 +26,7 @@ from services.proxy.serving import Fleet
 from services.proxy.settings import ProxySettings
 from services.proxy.table import Tables
 from services.proxy.tablefile import TableFile
+from services.proxy.workers.tie import Announcement, Tie
 from shared.admin import AdminServer, Answer, health_routes, json_answer
 from shared.clock import SystemClock
 from shared.errors import RegistryError, RegistryUnavailableError
@@ -35,6 +37,7 @@ from shared.registry.connection import check_schema
 
 LAST_RELEASES_S: Final = 2.0
 SCHEMA_AGAIN_S: Final = 1.0
+READY_POLL_S: Final = 0.02
 
 _log = structlog.get_logger(__name__)
 
@@ -131,8 +134,8 @@ class Service:
             }
         )
 
-    async def run(self, listening: socket.socket, port: int) -> None:
-        """Serve until told to stop, then drain."""
+    async def run(self, listening: socket.socket, port: int, tie: Tie | None = None) -> None:
+        """Serve until told to stop, then drain. A worker has a `tie` to its parent."""
         streams = StreamRoutes(self._room)
         hot = HotRoutes(self._fleet, streams)
         app = build_app(
@@ -141,7 +144,7 @@ class Service:
             streams,
             version=_version(),
             ready=self.ready,
-            metrics=self._show,
+            metrics=tie.metrics if tie is not None else self._shown,
         )
         server = make_server(app, self._settings, hot)
         pages = {
@@ -156,7 +159,11 @@ class Service:
         ) as admin:
             with stop_signals() as stop:
                 async with Loops() as loops:
-                    serving = self._start(loops, server, listening)
+                    announce = None
+                    if tie is not None:
+                        loops.start("parent", _stop_with_parent(tie, stop))
+                        announce = partial(tie.announce, Announcement(self._proxy, admin.url))
+                    serving = self._start(loops, server, listening, announce)
                     loops.start("member", self._be_member(port, admin.url))
                     _log.info("proxy_started", proxy=self._proxy, port=port, admin=admin.url)
                     gc.collect()
@@ -170,7 +177,16 @@ class Service:
         self._metrics.resumable.set(len(self._room))
         return prometheus_client.generate_latest(self._metrics.registry)
 
-    def _start(self, loops: Loops, server: Server, listening: socket.socket) -> asyncio.Task[None]:
+    async def _shown(self) -> bytes:
+        return self._show()
+
+    def _start(
+        self,
+        loops: Loops,
+        server: Server,
+        listening: socket.socket,
+        announce: Callable[[], None] | None,
+    ) -> asyncio.Task[None]:
         loops.start("schema", self._prove_schema())
         loops.start("hints", self._convergence.run_hints())
         loops.start("catalogue", self._convergence.run_catalogue())
@@ -180,7 +196,20 @@ class Service:
         loops.start("polls", self._fleet.run_polls())
         loops.start("beats", every(self._beats.interval_s, self._beats.beat_all))
         loops.start("connections", server.sweep_connections())
-        return loops.start("serve", server.serve(sockets=[listening]))
+        return loops.start("serve", self._serve(server, listening, announce))
+
+    async def _serve(
+        self, server: Server, listening: socket.socket, announce: Callable[[], None] | None
+    ) -> None:
+        """Serve; a worker only once it can answer, for others on its port can already."""
+        if announce is not None:
+            while not self._tables.catalogued:
+                if self._draining:
+                    listening.close()
+                    return
+                await asyncio.sleep(READY_POLL_S)
+            announce()
+        await server.serve(sockets=[listening])
 
     async def _prove_schema(self) -> None:
         """Check the data's schema once Redis can be asked; another schema ends the service.
@@ -263,6 +292,12 @@ class Service:
             seconds=round(self._fleet.now_s() - began_s, 3),
             refused=server.ending.refused,
         )
+
+
+async def _stop_with_parent(tie: Tie, stop: asyncio.Event) -> None:
+    await tie.parent_ended()
+    _log.warning("parent_ended", action="drain")
+    stop.set()
 
 
 def _version() -> str:

@@ -14,6 +14,8 @@ class ProxySettings(CommonSettings, frozen=True, kw_only=True):
     """Address the admin port binds (health, metrics, live requests)."""
     admin_port: int = 0
     """Admin port; 0 takes any free one."""
+    workers: int = 1
+    """Worker processes that share the public port; at most one for each core."""
     proxy_name: str = ""
     """Name of this proxy; empty: `px-<host>-<port>`. A random suffix is always added."""
     state_dir: str = ""

@@ -1,8 +1,10 @@
 """The copy of the routing tables on disk: a proxy that restarts while Redis is away still serves.
 
-Written beside the target and renamed over it, so that a crash never leaves half a file.
+Written beside the target and renamed over it, so that a crash never leaves half a file. Workers
+share one copy: each writes beside it under a name of its own, and the last one wins.
 """
 
+import os
 from pathlib import Path
 from typing import Final
 
@@ -30,6 +32,6 @@ class TableFile:
     def write(self, content: bytes) -> None:
         """Replace the copy; raises OSError."""
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        beside = self._path.with_suffix(".new")
+        beside = self._path.with_suffix(f".{os.getpid()}.new")
         beside.write_bytes(content)
         beside.replace(self._path)

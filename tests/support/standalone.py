@@ -22,7 +22,7 @@ from shared.registry import Registry
 from shared.registry.leadership import Leading
 from shared.registry.results import Fence
 from shared.registry.specs import spec_fields
-from tests.support.mesh import REDMESH, ROOT, environment
+from tests.support.mesh import REDMESH, ROOT, environment, free_ports
 from tests.support.servers import free_port
 from tests.support.waiting import wait_until
 
@@ -33,8 +33,11 @@ _LIFE: Final = (ReplicaState.PENDING, ReplicaState.STARTING, ReplicaState.READY)
 class ProxyProcess:
     """A running proxy and where it listens."""
 
-    def __init__(self, process: asyncio.subprocess.Process, port: int, admin_port: int) -> None:
+    def __init__(
+        self, process: asyncio.subprocess.Process, port: int, admin_port: int, workers: int
+    ) -> None:
         self.process = process
+        self.workers = workers
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
         self.admin = f"http://127.0.0.1:{admin_port}"
@@ -62,10 +65,14 @@ class ProxyProcess:
         return await self.get("/health/ready") is not None
 
     async def serves(self, model: str) -> bool:
-        """Ask whether it knows `model` and a READY replica of it."""
+        """Ask whether it knows `model` and a READY replica of it, and all its workers are up."""
         live = await self.get("/live/requests")
-        table: Mapping[str, Any] = live.json()["table"].get(model, {}) if live else {}
-        return ReplicaState.READY in table.get("replicas", {}).values()
+        page: Mapping[str, Any] = live.json() if live else {"table": {}}
+        table: Mapping[str, Any] = page["table"].get(model, {})
+        return (
+            len(page.get("workers", [""])) == self.workers
+            and ReplicaState.READY in table.get("replicas", {}).values()
+        )
 
     async def in_flight(self, model: str) -> int:
         """Ask how many requests of `model` it carries."""
@@ -79,16 +86,22 @@ class ProxyProcess:
 
 @asynccontextmanager
 async def proxy(
-    redis_url: str, *, prefix: Sequence[str] = (), log: str = "/dev/null", **settings: object
+    redis_url: str,
+    *,
+    prefix: Sequence[str] = (),
+    log: str = "/dev/null",
+    workers: int = 1,
+    **settings: object,
 ) -> AsyncGenerator[ProxyProcess]:
     """Run `redmesh proxy` while the block runs, behind the command `prefix`; its log in `log`."""
-    port, admin_port = free_port(), free_port()
+    port, admin_port = free_port(), free_ports(1 + workers)
     given = {
         "redis_url": redis_url,
         "fleet_secret": FLEET_SECRET,
         "port": port,
         "admin_port": admin_port,
         "log_format": "json",
+        "workers": workers,
         **settings,
     }
     with open(log, "ab") as output:  # noqa: ASYNC230, PTH123 - before anything runs
@@ -100,7 +113,7 @@ async def proxy(
             stderr=output,
         )
     try:
-        yield ProxyProcess(process, port, admin_port)
+        yield ProxyProcess(process, port, admin_port, workers)
     finally:
         if process.returncode is None:
             process.kill()

@@ -1,17 +1,21 @@
 """Health and metrics on the public port: the same words as on the admin port."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from litestar import Response, get
+from litestar.exceptions import ServiceUnavailableException
 from litestar.handlers import HTTPRouteHandler
 from prometheus_client import CONTENT_TYPE_LATEST
 
 Readiness = Callable[[], str | None]
 """Returns None when ready, else the reason why not."""
 
+Exposition = Callable[[], Awaitable[bytes]]
+"""Returns metrics in Prometheus' text format; raises OSError or ValueError when it cannot."""
 
-def health_routes(ready: Readiness, metrics: Callable[[], bytes]) -> list[HTTPRouteHandler]:
+
+def health_routes(ready: Readiness, metrics: Exposition) -> list[HTTPRouteHandler]:
     """Make `/health/live`, `/health/ready` and `/metrics`."""
 
     @get("/health/live", sync_to_thread=False, summary="Is the process alive", tags=["health"])
@@ -25,8 +29,15 @@ def health_routes(ready: Readiness, metrics: Callable[[], bytes]) -> list[HTTPRo
             return Response({"status": "ready"})
         return Response({"status": "not ready", "reason": reason}, status_code=503)
 
-    @get("/metrics", sync_to_thread=False, summary="Prometheus metrics", tags=["health"])
-    def show_metrics() -> Response[bytes]:
-        return Response(metrics(), media_type=CONTENT_TYPE_LATEST)
+    @get("/metrics", summary="Prometheus metrics", tags=["health"])
+    async def show_metrics() -> Response[bytes]:
+        try:
+            shown = await metrics()
+        except (OSError, ValueError) as error:
+            raise ServiceUnavailableException(
+                "the workers' metrics cannot be summed up: ask again, or look at the admin ports "
+                "that `redmesh get proxies` lists"
+            ) from error
+        return Response(shown, media_type=CONTENT_TYPE_LATEST)
 
     return [live, readiness, show_metrics]

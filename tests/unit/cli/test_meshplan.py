@@ -54,6 +54,14 @@ def test_no_secret_is_on_a_command_line_or_in_the_plan(state: StateDir) -> None:
     assert not any(secret.strip() in plan for secret in secrets)
 
 
+def test_proxies_get_the_workers_that_were_asked_for(state: StateDir) -> None:
+    """`up --workers 3` makes every proxy one of three workers."""
+    wish = Wish(port=8000, proxies=2, controllers=1, hosts=1, workers=3)
+    plan = meshplan.children(state, wish, "id", own_redis=True)
+    proxies = [child.argv for child in plan if child.name.startswith("proxy-")]
+    assert [argv[argv.index("--workers") + 1] for argv in proxies] == ["3", "3"]
+
+
 def test_secret_files_are_readable_by_their_owner_only(state: StateDir) -> None:
     """Every file that holds a secret has mode 0600."""
     state.ensure_fleet_secret()

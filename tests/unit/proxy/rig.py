@@ -211,6 +211,7 @@ class Rig:
         self.ver = 10
         self.stale: list[str] = []
         self.not_ready: str | None = None
+        self.no_metrics = False
         self.journals: Streams = NoJournals()
         """Where resumable streams are kept; to be set before the proxy runs."""
         self.lane = True
@@ -260,7 +261,7 @@ class Rig:
             streams,
             version="0",
             ready=lambda: self.not_ready,
-            metrics=lambda: b"# metrics\n",
+            metrics=self._exposed,
         )
         listening = bind("127.0.0.1", 0)
         self.port: int = listening.getsockname()[1]
@@ -299,6 +300,11 @@ class Rig:
         self.ledger.ver = self.ver
         self.ledger.ready = {one.rid: one for one in replicas if one.state is ReplicaState.READY}
         self.tables.apply_snapshot(self._snapshot())
+
+    async def _exposed(self) -> bytes:
+        if self.no_metrics:
+            raise ConnectionRefusedError
+        return b"# metrics\n"
 
     def _snapshot(self) -> Snapshot:
         spec = {"desired_replicas": max(1, len(self.replicas)), **self.spec}

@@ -137,6 +137,15 @@ async def test_health() -> None:
         assert (await rig.http.get("/metrics")).text == "# metrics\n"
 
 
+async def test_metrics_that_cannot_be_summed_up() -> None:
+    """A worker whose parent does not answer says so, rather than show less than all."""
+    async with Rig() as rig:
+        rig.no_metrics = True
+        answer = await rig.http.get("/metrics")
+        assert answer.status_code == 503
+        assert "ask again" in answer.json()["error"]["message"]
+
+
 async def test_openapi_documents_engine_routes() -> None:
     """The OpenAPI document lists the engine's routes too."""
     async with Rig() as rig:
