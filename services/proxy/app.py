@@ -12,7 +12,7 @@ from services.proxy import refusals
 from services.proxy.api.health import Exposition, Readiness, health_routes
 from services.proxy.api.hot import HotRoutes
 from services.proxy.api.listing import model_routes, refused
-from services.proxy.api.paths import ADDRESSED, ROUTES
+from services.proxy.paths import ADDRESSED, ROUTES
 from services.proxy.resume.api import PATH, StreamRoutes
 from services.proxy.serving import Fleet
 

@@ -13,8 +13,8 @@ from typing import Any, Final
 from litestar.types import ASGIApp, Receive, Scope, Send
 
 from services.proxy import refusals
-from services.proxy.api.paths import ROUTES
 from services.proxy.inbound import request_id_of
+from services.proxy.paths import ROUTES
 from services.proxy.refusals import Dialect
 
 IDLE_S: Final = 0.5

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Final, Protocol
 
-from services.proxy.api.paths import ROUTES, Route
 from services.proxy.client import Headers
 from services.proxy.framing import LAST_CHUNK
+from services.proxy.paths import ROUTES, Route
 from services.proxy.refusals import Refusal, body_too_slow
 
 BODILESS: Final = 204

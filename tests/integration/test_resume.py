@@ -59,7 +59,7 @@ class Site(NamedTuple):
 
 
 @contextlib.asynccontextmanager
-async def site(redis_url: str, folder: Path, **settings: float) -> AsyncGenerator[Site]:
+async def site(redis_url: str, folder: Path, **settings: int) -> AsyncGenerator[Site]:
     """Run the proxies."""
     async with contextlib.AsyncExitStack() as stack:
         engines = [await stack.enter_async_context(simengine(MODEL, *STEP)) for _ in range(2)]

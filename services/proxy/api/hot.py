@@ -14,7 +14,6 @@ import structlog
 from litestar.types import HTTPScope, Receive, Scope, Send
 
 from services.proxy import refusals
-from services.proxy.api.paths import ADDRESSED, CHAT, Route
 from services.proxy.client import Client, Outlet
 from services.proxy.continuation.tape import Tape
 from services.proxy.exchange import Exchange
@@ -29,6 +28,7 @@ from services.proxy.inbound import (
     with_model,
 )
 from services.proxy.lane import DirectCycle, Head
+from services.proxy.paths import ADDRESSED, CHAT, Route
 from services.proxy.presence import Presence
 from services.proxy.refusals import Dialect, Refusal
 from services.proxy.relay import Relay

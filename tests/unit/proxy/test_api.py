@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from services.proxy.api.paths import ROUTES, Route
+from services.proxy.paths import ROUTES, Route
 from tests.support.waiting import wait_until
 from tests.unit.proxy.engine import Engine, Exchanged
 from tests.unit.proxy.rig import Rig, chat

@@ -72,8 +72,8 @@ async def test_a_stream_that_ends_without_a_finish_reason_goes_on(end: str, path
             ):
                 await exchanged.begin_stream()
                 lines = answer.aiter_lines()
-                while events < after_events and (line := await anext(lines)) is not None:
-                    if line:
+                while events < after_events:
+                    if line := await anext(lines):
                         await exchanged.chunk(f"{line}\n\n".encode())
                         events += 1
             await wait_until(lambda: answering(rig), what="the client has seen something")
