@@ -59,7 +59,7 @@ class Site(NamedTuple):
 
 
 @contextlib.asynccontextmanager
-async def site(redis_url: str, folder: Path, **settings: int) -> AsyncGenerator[Site]:
+async def site(redis_url: str, folder: Path, **settings: float) -> AsyncGenerator[Site]:
     """Run the proxies."""
     async with contextlib.AsyncExitStack() as stack:
         engines = [await stack.enter_async_context(simengine(MODEL, *STEP)) for _ in range(2)]
@@ -68,7 +68,13 @@ async def site(redis_url: str, folder: Path, **settings: int) -> AsyncGenerator[
         await declare(registry, MODEL, engines)
         proxies = [
             await stack.enter_async_context(
-                proxy(redis_url, prefix=(), log=str(folder / f"proxy-{number}.log"), **settings)
+                proxy(
+                    redis_url,
+                    prefix=(),
+                    log=str(folder / f"proxy-{number}.log"),
+                    workers=1,
+                    **settings,
+                )
             )
             for number in range(2)
         ]
