@@ -68,7 +68,13 @@ async def site(redis_url: str, folder: Path, **settings: float) -> AsyncGenerato
         await declare(registry, MODEL, engines)
         proxies = [
             await stack.enter_async_context(
-                proxy(redis_url, prefix=(), log=str(folder / f"proxy-{number}.log"), **settings)
+                proxy(
+                    redis_url,
+                    prefix=(),
+                    log=str(folder / f"proxy-{number}.log"),
+                    workers=1,
+                    **settings,
+                )
             )
             for number in range(2)
         ]
