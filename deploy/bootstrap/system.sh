@@ -13,7 +13,9 @@ compiler=(cc:gcc /usr/include/stdio.h:libc6-dev) # the benchmark's load generato
 case "${1:-}" in
 demo) needed=(curl:curl redis-cli:redis-tools) ;;
 engine) needed=(libnuma.so.1:libnuma1) ;; # vLLM's CPU kernels are linked with it
-tests) needed=(redis-server:redis-server luacheck:lua-check ip:iproute2 "${compiler[@]}") ;;
+tests)
+  needed=(redis-server:redis-server luacheck:lua-check ip:iproute2 openssl:openssl "${compiler[@]}")
+  ;;
 bench) needed=(redis-server:redis-server nginx:nginx-light "${compiler[@]}") ;;
 *) die "usage: system.sh demo|engine|tests|bench" ;;
 esac

@@ -1,11 +1,19 @@
 """The scripts compiled once, silence in the logs, and which seeds to try."""
 
 import os
+import secrets
+import subprocess
+from itertools import pairwise
+from pathlib import Path
+from typing import Final
 
 import pytest
 
 from shared.registry.loader import ScriptLibrary
 from tests.simulation.luahost import LuaHost
+
+_FRESH: Final = 1_000_000
+"""Where the seeds that follow from a commit begin: beyond all that anybody asks for by SEEDS."""
 
 
 @pytest.fixture(autouse=True)
@@ -19,9 +27,34 @@ def host() -> LuaHost:
     return LuaHost(ScriptLibrary.load())
 
 
-def seeds(count: int) -> range:
-    """Give the seeds to try: SEED=n tries that one, SEEDS=n so many."""
+def seeds(known: int, fresh: int) -> list[int]:
+    """Give the seeds to try: SEED=n tries that one, SEEDS=n so many.
+
+    Else the first `known` ones, and `fresh` ones that follow from the commit, so that each change
+    is tried with histories that nobody has seen, and again with the same ones if it is run again.
+    """
     if "SEED" in os.environ:
-        seed = int(os.environ["SEED"])
-        return range(seed, seed + 1)
-    return range(int(os.environ.get("SEEDS", count)))
+        return [int(os.environ["SEED"])]
+    if "SEEDS" in os.environ:
+        return list(range(int(os.environ["SEEDS"])))
+    first = _FRESH + int(_commit()[:8], 16)
+    return [*range(known), *range(first, first + fresh)]
+
+
+def told(tried: list[int]) -> str:
+    """Name the seeds for a reader."""
+    breaks = [at for at in range(1, len(tried)) if tried[at] != tried[at - 1] + 1]
+    edges = [0, *breaks, len(tried)]
+    return ", ".join(f"{tried[a]} to {tried[b - 1]}" for a, b in pairwise(edges))
+
+
+def _commit() -> str:
+    """Name the commit that is checked out; without one, something new each time."""
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"],  # noqa: S607 - git as installed
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return git.stdout.strip() or secrets.token_hex(20)

@@ -71,9 +71,10 @@ async def test_a_stream_that_ends_without_a_finish_reason_goes_on(end: str, path
                 client.stream("POST", exchanged.path, json=exchanged.json) as answer,
             ):
                 await exchanged.begin_stream()
-                lines = answer.aiter_lines()
-                while events < after_events:
-                    if line := await anext(lines):
+                async for line in answer.aiter_lines():
+                    if events == after_events:
+                        break
+                    if line:
                         await exchanged.chunk(f"{line}\n\n".encode())
                         events += 1
             await wait_until(lambda: answering(rig), what="the client has seen something")
