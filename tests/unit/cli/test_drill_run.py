@@ -1,6 +1,8 @@
 """`redmesh drill run` from its options to its exit code, on a mesh that is pretended."""
 
+import contextlib
 import json
+import threading
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,9 @@ from shared.models.host import Hold
 from shared.registry import Registry
 from shared.secret import Secret
 from shared.settings import CommonSettings
+from tests.support.redis_link import Link
 from tests.support.servers import RedisServer, Servers
+from tests.support.waiting import wait_until_sync
 from tests.unit.cli.pretended import PretendedMesh
 
 Captured = pytest.CaptureFixture[str]
@@ -93,6 +97,53 @@ def test_redis_that_answers_nobody_is_seen_away_and_back(
     assert code == 0, f"{out}\n{err}"
     seen = json.loads(out)["seen"]
     assert seen["fault_s"] < seen["answers_s"] <= seen["recovered_s"]
+
+
+@contextlib.contextmanager
+def managed(servers: Servers) -> Generator[tuple[Link, RedisServer, RedisServer]]:
+    """Run a primary and a replica behind one address, which leads to whoever is primary."""
+    primary, spare = servers.new(), servers.new()
+    spare.command("REPLICAOF", "127.0.0.1", primary.port)
+    wait_until_sync(lambda: spare.command("ROLE")[3:4] == [b"connected"], what="a copy is there")
+    over = threading.Event()
+
+    def follow() -> None:
+        """Lead new connections to the new primary; those that are open stay, as with a name."""
+        while not over.wait(0.05):
+            if spare.command("ROLE")[0] == b"master":
+                link.lead_to(spare.port, cut=False)
+                return
+
+    with Link(primary.port) as link:
+        following = threading.Thread(target=follow)
+        following.start()
+        try:
+            yield link, primary, spare
+        finally:
+            over.set()
+            following.join(20)
+            primary.kill()
+            spare.kill()
+
+
+def test_redis_fails_over_by_its_own_command(
+    run: Run,
+    servers: Servers,
+    settings: CommonSettings,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """FAILOVER makes the replica primary; everybody finds it by the same address."""
+    with managed(servers) as (link, primary, spare):
+        monkeypatch.setenv("REDMESH_REDIS_URL", link.url())
+        behind = msgspec.structs.replace(settings, redis_url=Secret(link.url()))
+        with PretendedMesh(behind):
+            code, out, err = run("redis-failover", "--via", "redis")
+        assert code == 0, f"{out}\n{err}"
+        assert "FAILOVER to a replica of Redis" in err
+        assert spare.command("ROLE")[0] == b"master"
+        assert primary.command("ROLE")[0] == b"slave"
+    assert report(tmp_path)["seen"]["sign"].startswith("after ")
 
 
 def test_a_fault_that_nobody_saw_is_missed(
