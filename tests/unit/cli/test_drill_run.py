@@ -11,12 +11,16 @@ import msgspec
 import pytest
 
 from services.cli.drill import production, rehearsal, remote
+from services.cli.drill.catalogue import budget_of, find
 from services.cli.drill.injection import Injection
+from services.cli.drill.options import Target
 from services.cli.drill.records import Struck
+from services.cli.drill.scene import LEASE_S, lease_s, look
 from services.cli.main import main
+from services.cli.statedir import StateDir
 from shared.models.drill import Production
 from shared.models.host import Hold
-from shared.registry import Registry
+from shared.registry import Registry, open_registry
 from shared.secret import Secret
 from shared.settings import CommonSettings
 from tests.support.redis_link import Link
@@ -250,6 +254,27 @@ def test_production_asks_for_yes(run: Run, settings: CommonSettings, capsys: Cap
         assert run("redis-disconnect", "--yes")[0] == 0
         assert main(["production", "off"]) == 0
         assert "not marked" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("lease_ms", [3000, 5000, 12_340])
+async def test_the_lease_is_as_long_as_it_is_seen_to_be(
+    settings: CommonSettings, tmp_path: Path, lease_ms: int
+) -> None:
+    """Budgets of leadership follow from the lease that this fleet's controllers really have."""
+    with PretendedMesh(settings, lease_ms=lease_ms):
+        registry = await open_registry(settings)
+        scene = await look(registry, StateDir(tmp_path / "none"), Target())
+        await registry.aclose()
+    facts = scene.facts()
+    assert lease_ms / 1000 - 0.5 < facts.lease_s <= lease_ms / 1000 + 0.1
+    budget = budget_of(find("controller-failover"), facts)
+    assert budget.recover_s == pytest.approx(1.5 * facts.lease_s)
+
+
+async def test_a_lease_that_nobody_renews_tells_nothing(registry: Registry) -> None:
+    """Without a renewal in sight, the usual length is taken for granted."""
+    await registry.leadership.try_lead("c1", 30_000)
+    assert await lease_s(registry) == LEASE_S
 
 
 async def test_what_only_redis_knew_is_given_back(registry: Registry) -> None:
