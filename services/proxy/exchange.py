@@ -332,11 +332,11 @@ class Exchange:
 
     def _goes_on(self, detail: str) -> bool:
         """Prepare to go on with a stream elsewhere; False if it has been ended instead."""
-        if self._failover.completed():
-            self._finish(self._relay.outcome)
-            return False
         served = self._served
         spec = served.table.spec
+        if self._failover.completed(spec):
+            self._finish(self._relay.outcome)
+            return False
         refused = self._failover.go_on(spec)
         if refused is not None:
             served.metrics.failovers["refused"].inc()
@@ -442,6 +442,11 @@ class Exchange:
                 self._silence_s = min(self._silence_s, grace_s)
         elif self._phase in {Phase.SENT, Phase.CONNECTING}:
             self._failed(Failure.WITHDRAWN, "the replica has ended, or stands still")
+
+    def trust(self) -> None:
+        """Take `withdraw` back: the replica has proved it wrong."""
+        if self._phase is Phase.ANSWERING:
+            self._silence_s = self._served.table.spec.inter_byte_timeout_s
 
     def expire(self, now_s: float) -> None:
         """End what is overdue."""

@@ -4,7 +4,7 @@ The rules and the request itself come from `continuation`; here they meet one cl
 often a stream has lost its replica stands on its tape, so that it counts whichever proxy writes it.
 """
 
-from services.proxy.continuation.plan import Continuation, armed, plan, tail
+from services.proxy.continuation.plan import Continuation, armed, finish, plan, tail
 from services.proxy.continuation.rules import MAX_FAILOVERS, Refused
 from services.proxy.inbound import Inbound
 from services.proxy.relay import Relay
@@ -46,13 +46,20 @@ class Failover:
         """How the stream goes on, as the metric calls it."""
         return "exact" if self._continuation is None or self._continuation.exact else "valid"
 
-    def completed(self) -> bool:
+    def completed(self, spec: ModelSpec) -> bool:
         """Complete a stream that has lost no more than its last events; False if it lost more."""
-        tape = self._relay.tape
-        if tape is None or not tape.finished:
+        tape, inbound = self._relay.tape, self._inbound
+        if tape is None:
             return False
-        self._relay.complete(tail(self._inbound.body, tape))
-        return True
+        last = b""
+        if not tape.finished:
+            context_tokens = spec.max_model_len_tokens
+            policy = spec.stream_failover
+            last = finish(inbound.path, inbound.body, tape, policy, context_tokens=context_tokens)
+            tape.finished = bool(last)
+        if tape.finished:
+            self._relay.complete(last + tail(inbound.body, tape))
+        return tape.finished
 
     def go_on(self, spec: ModelSpec) -> Refused | None:
         """Have the next replica go on with the stream that has just lost its own, or refuse."""

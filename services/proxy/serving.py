@@ -49,6 +49,9 @@ class Carried(Protocol):
     def withdraw(self, grace_s: float, *, ended: bool) -> None:
         """Its replica has ended, or stands still: give it a little time to prove otherwise."""
 
+    def trust(self) -> None:
+        """Its replica is READY: it may be as silent again as any."""
+
     def shut(self) -> None:
         """End it now."""
 
@@ -132,6 +135,8 @@ class Served:
                 exchange.withdraw(ENDED_GRACE_S, ended=True)
             elif replica.state is ReplicaState.UNHEALTHY:
                 exchange.withdraw(ENDED_GRACE_S, ended=False)
+            elif replica.state is ReplicaState.READY:
+                exchange.trust()
         if self.room.waiting:
             self.room.wake_all()
 

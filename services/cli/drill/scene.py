@@ -4,6 +4,9 @@ A drill needs a whole mesh: what was broken before cannot be told from what the 
 drill refuses to begin on anything less, and says what is missing.
 """
 
+import asyncio
+import math
+import time
 from collections.abc import Sequence
 from typing import Final
 
@@ -21,7 +24,11 @@ from shared.models.replica import ENDED, Replica, ReplicaState
 from shared.registry import Registry
 
 LEASE_S: Final = 5.0
-"""The lease's time unless a leader shows a longer one."""
+"""The lease's time where no renewal of it is seen."""
+RENEWED_S: Final = 2.0
+"""Within this a leader renews its lease: it does so each second."""
+LOOK_S: Final = 0.02
+"""Between two looks at what is left of a lease."""
 
 
 class Scene(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,6 +42,8 @@ class Scene(msgspec.Struct, frozen=True, kw_only=True):
     """Processes that beat."""
     hosts: dict[str, Host]
     leader: str
+    lease_s: float = LEASE_S
+    """How long leadership lasts without a renewal."""
     target: Target
     mesh: Mesh | None = None
     """What `redmesh up` started here, if this is such a mesh."""
@@ -61,7 +70,7 @@ class Scene(msgspec.Struct, frozen=True, kw_only=True):
         """Give what budgets depend on."""
         spec = self.deployment.spec
         return Facts(
-            lease_s=LEASE_S,
+            lease_s=self.lease_s,
             silence_s=spec.routing.inter_byte_timeout_s,
             startup_s=90.0 if spec.engine.kind is EngineKind.SIM else spec.engine.startup_timeout_s,
         )
@@ -181,10 +190,27 @@ async def look(registry: Registry, state: StateDir, target: Target) -> Scene:
         members=members,
         hosts=dict(await registry.fleet.hosts()),
         leader=leader,
+        lease_s=await lease_s(registry),
         target=target,
         mesh=mesh,
         state=state if mesh is not None else None,
     )
+
+
+async def lease_s(registry: Registry) -> float:
+    """Tell how long the leader's lease is: what is left of it just after a renewal.
+
+    Rounded up to a tenth of a second, since a look comes a little later than the renewal.
+    """
+    before_ms = 0
+    until_s = time.monotonic() + RENEWED_S
+    while time.monotonic() < until_s:
+        left_ms: int = await registry.connection.command("PTTL", registry.keys.fleet.leader)
+        if 0 < before_ms < left_ms:
+            return math.ceil(left_ms / 100) / 10
+        before_ms = left_ms
+        await asyncio.sleep(LOOK_S)
+    return LEASE_S
 
 
 def local_mesh(state: StateDir, members: Sequence[Member]) -> Mesh | None:

@@ -66,6 +66,8 @@ def plan(
             how = Manner(Way.REPLAY, exact=True)
         elif not how.exact and (problem := _unsteady(tape, cut.skip_chars, fields)):
             return Refused(problem)
+        elif not how.exact and limit is not None and cut.kept_tokens >= limit:
+            return Refused("it has all its tokens, and only its replica knew how it ended")
         elif cut.kept_tokens == 0:
             how = Manner(Way.REPLAY, exact=False)
     replayed = how.way is Way.REPLAY
@@ -90,6 +92,41 @@ def plan(
     if not how.exact:
         _carry_penalties(request, fields, tape.ids[:kept])
     return Continuation(COMPLETIONS, msgspec.json.encode(request), seam, how.exact, kept)
+
+
+def finish(
+    path: bytes, body: bytes, tape: Tape, policy: StreamFailover, *, context_tokens: int
+) -> bytes:
+    """Make the finish of a sampled stream that has all its tokens; empty if it lacks more.
+
+    There is nothing left to generate, and nobody could generate the last token again. It ended for
+    its length, unless its last token is one that stops it. Where that cannot be known, for stop
+    strings and special tokens are not seen here, there is none; an exact stream is replayed.
+    """
+    if tape.refusal or not tape.first:
+        return b""
+    fields = _fields(body)
+    how = manner(fields, policy)
+    limit = _limit(fields, path, context_tokens - len(tape.prompt_ids))
+    told = (len(tape.ids), 0)
+    if isinstance(how, Refused) or how.exact or limit is None or limit > len(tape.ids):
+        return b""
+    if tape.cut() != told or fields.get("stop") or fields.get("skip_special_tokens") is False:
+        return b""
+    last = tape.ids[-1]
+    stopped = last in (fields.get("stop_token_ids") or ())
+    reason: dict[str, Any] = {
+        "finish_reason": "stop" if stopped else "length",
+        "stop_reason": last if stopped else None,
+    }
+    if path == CHAT:
+        shown: dict[str, Any] = {"delta": {"content": ""}, "logprobs": None, **reason}
+    else:
+        shown = {"text": "", "logprobs": None, **reason, "prompt_token_ids": None}
+    ids: list[int] | None = [] if tape.options.wants_ids else None
+    choice: dict[str, Any] = {"index": 0, **shown, "token_ids": ids}
+    identity = msgspec.structs.asdict(decode_identity(tape.first))
+    return b"data: " + msgspec.json.encode({**identity, "choices": [choice]}) + END
 
 
 def tail(body: bytes, tape: Tape) -> bytes:

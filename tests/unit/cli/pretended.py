@@ -35,8 +35,9 @@ S = ReplicaState
 class PretendedMesh:
     """Use as a context manager: the mesh is whole when it is entered."""
 
-    def __init__(self, settings: CommonSettings, *, flaw: str = "") -> None:
+    def __init__(self, settings: CommonSettings, *, flaw: str = "", lease_ms: int = 5000) -> None:
         self._settings = settings
+        self._lease_ms = lease_ms
         self._flaw = flaw
         """`cut`: streams end early once a replica was struck. `short`: a replica is missing.
         `refuse`: the agent carries out nothing."""
@@ -103,7 +104,7 @@ class PretendedMesh:
             await registry.fleet.beat(member)
             if member.kind is MemberKind.PROXY:
                 await registry.ledger.beat(MODEL, member.id)
-        await registry.leadership.try_lead(LEADER)
+        await registry.leadership.try_lead(LEADER, self._lease_ms)
         revision = (await registry.fleet.deployments())[MODEL].spec.revision()
         snapshot = await registry.replicas.snapshot(MODEL)
         living = [r for r in snapshot.replicas.values() if r.state is not S.FAILED]
@@ -142,7 +143,7 @@ class PretendedMesh:
 
     async def _new_replica(self, registry: Registry, revision: str) -> None:
         self._number += 1
-        leading = await registry.leadership.try_lead(LEADER)
+        leading = await registry.leadership.try_lead(LEADER, self._lease_ms)
         assert isinstance(leading, Leading)
         replica = Replica(
             rid=f"r{self._number}",

@@ -1,6 +1,8 @@
 """`redmesh drill run` from its options to its exit code, on a mesh that is pretended."""
 
+import contextlib
 import json
+import threading
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -9,15 +11,21 @@ import msgspec
 import pytest
 
 from services.cli.drill import production, rehearsal, remote
+from services.cli.drill.catalogue import budget_of, find
 from services.cli.drill.injection import Injection
+from services.cli.drill.options import Target
 from services.cli.drill.records import Struck
+from services.cli.drill.scene import LEASE_S, lease_s, look
 from services.cli.main import main
+from services.cli.statedir import StateDir
 from shared.models.drill import Production
 from shared.models.host import Hold
-from shared.registry import Registry
+from shared.registry import Registry, open_registry
 from shared.secret import Secret
 from shared.settings import CommonSettings
+from tests.support.redis_link import Link
 from tests.support.servers import RedisServer, Servers
+from tests.support.waiting import wait_until_sync
 from tests.unit.cli.pretended import PretendedMesh
 
 Captured = pytest.CaptureFixture[str]
@@ -93,6 +101,53 @@ def test_redis_that_answers_nobody_is_seen_away_and_back(
     assert code == 0, f"{out}\n{err}"
     seen = json.loads(out)["seen"]
     assert seen["fault_s"] < seen["answers_s"] <= seen["recovered_s"]
+
+
+@contextlib.contextmanager
+def managed(servers: Servers) -> Generator[tuple[Link, RedisServer, RedisServer]]:
+    """Run a primary and a replica behind one address, which leads to whoever is primary."""
+    primary, spare = servers.new(), servers.new()
+    spare.command("REPLICAOF", "127.0.0.1", primary.port)
+    wait_until_sync(lambda: spare.command("ROLE")[3:4] == [b"connected"], what="a copy is there")
+    over = threading.Event()
+
+    def follow() -> None:
+        """Lead new connections to the new primary; those that are open stay, as with a name."""
+        while not over.wait(0.05):
+            if spare.command("ROLE")[0] == b"master":
+                link.lead_to(spare.port, cut=False)
+                return
+
+    with Link(primary.port) as link:
+        following = threading.Thread(target=follow)
+        following.start()
+        try:
+            yield link, primary, spare
+        finally:
+            over.set()
+            following.join(20)
+            primary.kill()
+            spare.kill()
+
+
+def test_redis_fails_over_by_its_own_command(
+    run: Run,
+    servers: Servers,
+    settings: CommonSettings,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """FAILOVER makes the replica primary; everybody finds it by the same address."""
+    with managed(servers) as (link, primary, spare):
+        monkeypatch.setenv("REDMESH_REDIS_URL", link.url())
+        behind = msgspec.structs.replace(settings, redis_url=Secret(link.url()))
+        with PretendedMesh(behind):
+            code, out, err = run("redis-failover", "--via", "redis")
+        assert code == 0, f"{out}\n{err}"
+        assert "FAILOVER to a replica of Redis" in err
+        assert spare.command("ROLE")[0] == b"master"
+        assert primary.command("ROLE")[0] == b"slave"
+    assert report(tmp_path)["seen"]["sign"].startswith("after ")
 
 
 def test_a_fault_that_nobody_saw_is_missed(
@@ -199,6 +254,27 @@ def test_production_asks_for_yes(run: Run, settings: CommonSettings, capsys: Cap
         assert run("redis-disconnect", "--yes")[0] == 0
         assert main(["production", "off"]) == 0
         assert "not marked" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("lease_ms", [3000, 5000, 12_340])
+async def test_the_lease_is_as_long_as_it_is_seen_to_be(
+    settings: CommonSettings, tmp_path: Path, lease_ms: int
+) -> None:
+    """Budgets of leadership follow from the lease that this fleet's controllers really have."""
+    with PretendedMesh(settings, lease_ms=lease_ms):
+        registry = await open_registry(settings)
+        scene = await look(registry, StateDir(tmp_path / "none"), Target())
+        await registry.aclose()
+    facts = scene.facts()
+    assert lease_ms / 1000 - 0.5 < facts.lease_s <= lease_ms / 1000 + 0.1
+    budget = budget_of(find("controller-failover"), facts)
+    assert budget.recover_s == pytest.approx(1.5 * facts.lease_s)
+
+
+async def test_a_lease_that_nobody_renews_tells_nothing(registry: Registry) -> None:
+    """Without a renewal in sight, the usual length is taken for granted."""
+    await registry.leadership.try_lead("c1", 30_000)
+    assert await lease_s(registry) == LEASE_S
 
 
 async def test_what_only_redis_knew_is_given_back(registry: Registry) -> None:

@@ -15,6 +15,7 @@ import httpx
 import msgspec
 import pytest
 
+from services.proxy import serving
 from services.simengine.arguments import parse
 from services.simengine.main import Simulator, bind
 from shared.models.deployment import StreamFailover
@@ -349,6 +350,51 @@ async def test_a_stream_that_lost_only_its_end_is_ended(usage: bool) -> None:  #
         await wait_until(rig.idle)
 
 
+@pytest.mark.parametrize(
+    ("path", "fields", "end"),
+    [
+        (CHAT, {}, ("length", None)),
+        (CHAT, {"stream_options": {"include_usage": True}}, ("length", None)),
+        (COMPLETIONS, {}, ("length", None)),
+        (CHAT, {"stop_token_ids": [3, 9]}, ("stop", 9)),
+        (CHAT, {"stop": "z"}, None),
+        (COMPLETIONS, {"skip_special_tokens": False}, None),
+    ],
+    ids=["chat", "usage", "completion", "stop token", "stop string", "special tokens"],
+)
+async def test_a_sampled_stream_that_lost_only_its_finish_is_ended(
+    path: str, fields: dict[str, Any], end: tuple[str, int | None] | None
+) -> None:
+    """With all its tokens delivered a sampled stream is finished here, if it is known how."""
+
+    async def nearly(exchanged: Exchanged) -> None:
+        await exchanged.begin_stream()
+        known = {"id": "x-1", "object": "o", "created": 1, "model": "m"}
+        prompt = {"prompt_token_ids": [1, 2, 3]}
+        for text, token in (("x", 8), ("y", 9)):
+            said = {"delta": {"content": text}} if path == CHAT else {"text": text}
+            choice = {"index": 0, **said, "finish_reason": None, "token_ids": [token], **prompt}
+            await exchanged.event({**known, "choices": [choice], **prompt})
+            prompt = {}
+        exchanged.reset()
+
+    asked = request(path, temperature=0.9, max_tokens=2, **fields)
+    async with Engine(nearly) as first, Engine(nearly) as second, Rig(first, second) as rig:
+        answer = await rig.http.post(path, json=asked)
+        got = read(answer.content)
+        assert got.text == "xy"
+        assert len(first.seen) + len(second.seen) == 1, "nobody is asked for no token"
+        if end is None:
+            assert "only its replica knew" in got.errors[0]["message"]
+            return
+        assert (got.finish, got.errors, got.done) == ([end], [], True)
+        ids = {json.loads(line[6:])["id"] for line in answer.text.split("\n\n")[:-2]}
+        assert ids == {"x-1"}
+        usage = {"prompt_tokens": 3, "total_tokens": 5, "completion_tokens": 2}
+        assert got.usage == (usage if "stream_options" in fields else None)
+        await wait_until(rig.idle)
+
+
 async def test_waits_for_a_replica_to_come() -> None:
     """With nobody else to go on, a stream waits for a replica, like a request does."""
     asked = request(CHAT)
@@ -420,4 +466,37 @@ async def test_an_unhealthy_replica_is_left() -> None:
         for answer in (await unary, await unary2):
             assert answer.json()["usage"]["completion_tokens"] == 200
         same(read((await reading).content), wanted)
+        await wait_until(rig.idle)
+
+
+async def test_a_replica_that_is_well_again_is_trusted_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """UNHEALTHY for a moment and then READY: its streams may be as silent as any, and stay."""
+    monkeypatch.setattr(serving, "ENDED_GRACE_S", 0.2)
+    quiet, loop = asyncio.Event(), asyncio.get_running_loop()
+    known = {"id": "x-1", "object": "o", "created": 1, "model": "m"}
+
+    async def pausing(exchanged: Exchanged) -> None:
+        await exchanged.begin_stream()
+        for text, token, finish in (("x", 8, None), ("y", 9, "stop")):
+            choice = {"index": 0, "delta": {"content": text}, "token_ids": [token]}
+            choices = [{**choice, "finish_reason": finish}]
+            await exchanged.event({**known, "choices": choices, "prompt_token_ids": [1]})
+            await quiet.wait()
+        await exchanged.end_stream()
+
+    async with Engine(pausing) as first, Engine(pausing) as second, Rig(first, second) as rig:
+        reading = asyncio.create_task(rig.http.post(CHAT, json=request(CHAT)))
+        await wait_until(lambda: any(e.streamed for _, e in rig.served.reservations.live.items()))
+        well = list(rig.replicas)
+        still = [msgspec.structs.replace(each, state=ReplicaState.UNHEALTHY) for each in well]
+        rig.change(*still)
+        rig.change(*well)
+        began_s = loop.time()
+        await wait_until(lambda: loop.time() > began_s + 4 * (0.2 + serving.SWEEP_S))
+        quiet.set()
+        got = read((await reading).content)
+        assert (got.text, got.errors, got.done) == ("xy", [], True)
+        assert len(first.seen) + len(second.seen) == 1
         await wait_until(rig.idle)
