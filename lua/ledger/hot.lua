@@ -15,7 +15,8 @@
 -- ARGV 1+
 --   1 proxy: name
 --   then, up to 64 times, one of
---   A request cost(tokens) random(integer) naffinity nexclude affinity.. exclude..
+--   A request cost(tokens) random(integer) naffinity nexclude pair.. exclude..
+--     where pair is a replica that affinity prefers, and the cost(tokens) there
 --   R request
 --   D request rid cost(tokens)
 -- RETURN
@@ -65,11 +66,12 @@ for _, operation in ipairs(batch) do
     end
     if operation.verb == 'A' then
       wanted = book.total >= max_requests and '!BUSY'
-        or choose(keys.ready, operation, absolute, relative)
+        or choose(keys, operation, absolute, relative)
     end
     if wanted and string.sub(wanted, 1, 1) ~= '!' then
-      redis.call('HSET', lease, request, string.format('%s %.0f', wanted, operation.cost))
-      charge(keys, book, wanted, 1, operation.cost)
+      local price = operation.costs[wanted] or operation.cost
+      redis.call('HSET', lease, request, string.format('%s %.0f', wanted, price))
+      charge(keys, book, wanted, 1, price)
       if not known then
         known = redis.call('ZADD', px, string.format('%.0f', now_ms()), proxy)
       end

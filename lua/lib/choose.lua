@@ -1,13 +1,16 @@
--- choose(ready, operation, absolute, relative): the replica for one reservation, or !BUSY or !NONE.
--- The lowest score wins, ties by the caller's random number; an affinity candidate that is not
--- full wins while its score is at most max(lowest + absolute, lowest × relative).
-local function choose(ready, operation, absolute, relative)
-  local excluded, tries = operation.excluded, operation.tries
+-- choose(keys, operation, absolute, relative): the replica for one reservation, or !BUSY or !NONE.
+-- The lowest score wins, ties by the caller's random number. An affinity candidate that is not full
+-- wins where the request would be worked off sooner: its score, and the request's cost there at its
+-- throughput, are at most what they are on the replica of the lowest score, with
+-- max(lowest + absolute, lowest × relative) for that score. Of several, the soonest.
+--@include lib/token_score
+local function choose(keys, operation, absolute, relative)
+  local ready, excluded, tries = keys.ready, operation.excluded, operation.tries
   local lowest = redis.call('ZRANGE', ready, '0', string.format('%d', tries), 'WITHSCORES')
-  local first
+  local first, idlest
   for index = 1, #lowest, 2 do
     if not excluded[lowest[index]] then
-      first = lowest[index + 1]
+      idlest, first = lowest[index], lowest[index + 1]
       break
     end
   end
@@ -16,11 +19,21 @@ local function choose(ready, operation, absolute, relative)
   elseif tonumber(first) >= 4e15 then
     return '!BUSY'
   end
-  local bound = math.max(tonumber(first) + absolute, tonumber(first) * relative)
-  for _, rid in ipairs(operation.affinity) do
-    local place = not excluded[rid] and tonumber(redis.call('ZSCORE', ready, rid) or nil)
-    if place and place < 4e15 and place <= bound then
-      return rid
+  if #operation.affinity > 0 then
+    local bound = math.max(tonumber(first) + absolute, tonumber(first) * relative)
+    local least = bound + operation.cost * token_score(keys.weight, idlest)
+    local best
+    for _, rid in ipairs(operation.affinity) do
+      local place = not excluded[rid] and tonumber(redis.call('ZSCORE', ready, rid) or nil)
+      if place and place < 4e15 then
+        local done = place + operation.costs[rid] * token_score(keys.weight, rid)
+        if done < least or done == least and not best then
+          best, least = rid, done
+        end
+      end
+    end
+    if best then
+      return best
     end
   end
   local rank = redis.call('ZCOUNT', ready, '-inf', '(' .. first)

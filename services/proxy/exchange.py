@@ -132,9 +132,13 @@ class Exchange:
         self._retry = None
         self._attempts += 1
         self._ledger_id = f"{self._number:x}-{self._attempts}"
-        excluded = self._tries.excluded(self._served, self._fleet.now_s())
-        self._served.reservations.reserve(
-            self._ledger_id, self._failover.cost_tokens, excluded, self._reserved
+        served, inbound = self._served, self._inbound
+        excluded = self._tries.excluded(served, self._fleet.now_s())
+        offer = served.affinity.offer(
+            inbound.prefix, inbound.prompt_tokens, self._failover.further_tokens
+        )
+        served.reservations.reserve(
+            self._ledger_id, offer.cost_tokens, excluded, self._reserved, offer.candidates
         )
 
     def _reserved(self, answer: str) -> None:
@@ -229,6 +233,7 @@ class Exchange:
         path, body = self._failover.request
         self._phase = Phase.SENT
         self._tries.sent += 1
+        self._served.affinity.placed(self._inbound.prefix, endpoint.rid)
         self._connection = connection
         self._heard_s = self._fleet.now_s()
         connection.send(self, endpoint.request(path, self._inbound.request_id, body))

@@ -32,12 +32,12 @@ class Failover:
         return inbound.path, inbound.body
 
     @property
-    def cost_tokens(self) -> int:
-        """Tokens of work that the next replica has with it."""
-        cost_tokens = self._inbound.prompt_tokens + self._inbound.output_tokens
+    def further_tokens(self) -> int:
+        """Tokens of work that the next replica has with it, beside the prompt."""
+        further_tokens = self._inbound.output_tokens
         if self._continuation is not None:
-            cost_tokens += self._continuation.kept_tokens
-        return cost_tokens
+            further_tokens += self._continuation.kept_tokens
+        return further_tokens
 
     @property
     def kind(self) -> str:

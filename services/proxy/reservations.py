@@ -48,14 +48,13 @@ class BatchLedger(Protocol):
 class _Entry:
     """One operation on its way to the ledger."""
 
-    __slots__ = ("answer", "answered", "asked_s", "cost_tokens", "deadline_s", "op", "request")
+    __slots__ = ("answer", "answered", "asked_s", "deadline_s", "op", "request")
 
     def __init__(self, request: str, op: Op) -> None:
         self.request = request
         self.op = op
         self.answer: Answer | None = None
         self.answered = False
-        self.cost_tokens = 0
         self.asked_s = 0.0
         self.deadline_s = 0.0
 
@@ -104,16 +103,21 @@ class Reservations:
         return self._unsettled
 
     def reserve(
-        self, request: str, cost_tokens: int, exclude: tuple[str, ...], answer: Answer
+        self,
+        request: str,
+        cost_tokens: int,
+        exclude: tuple[str, ...],
+        answer: Answer,
+        affinity: tuple[tuple[str, int], ...] = (),
     ) -> None:
         """Reserve a replica for `request`; `answer` is called once, maybe before this returns.
 
-        `request` must be new for every try, so that tries cannot be confused.
+        `request` must be new for every try, so that tries cannot be confused. `affinity` names
+        replicas on which it costs less, and what it costs there.
         """
-        op = Reserve(request, cost_tokens, self._random.getrandbits(31), (), exclude)
+        op = Reserve(request, cost_tokens, self._random.getrandbits(31), affinity, exclude)
         entry = _Entry(request, op)
         entry.answer = answer
-        entry.cost_tokens = cost_tokens
         entry.asked_s = self._loop.time()
         if self.breaker.open:
             self._decide_locally(entry)
@@ -331,10 +335,10 @@ class Reservations:
 
     def _give(self, entry: _Entry, result: str) -> None:
         entry.answered = True
-        answer = entry.answer
+        answer, op = entry.answer, entry.op
         now_s = self._loop.time()
         self._metrics.choice_s.observe(now_s - entry.asked_s)
-        if result not in {BUSY, NONE}:
-            self.live.add(entry.request, Holding(result, entry.cost_tokens, now_s))
+        if isinstance(op, Reserve) and result not in {BUSY, NONE}:
+            self.live.add(entry.request, Holding(result, op.cost_on(result), now_s))
         if answer is not None:
             answer(result)

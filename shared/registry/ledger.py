@@ -55,10 +55,18 @@ class Reserve(NamedTuple):
     cost_tokens: int
     tiebreak: int
     """A random whole number: decides among replicas of equal score."""
-    affinity: tuple[str, ...] = ()
-    """Replicas to prefer, best first; only the first 16 count."""
+    affinity: tuple[tuple[str, int], ...] = ()
+    """Replicas that may hold a part of the prompt, each once, and the cost there in tokens; only
+    the first 16 count."""
     exclude: tuple[str, ...] = ()
     """Replicas that this request has tried; only the last 16 count."""
+
+    def cost_on(self, rid: str) -> int:
+        """Return what the request costs on a replica, in tokens."""
+        for candidate, cost_tokens in self.affinity:
+            if candidate == rid:
+                return cost_tokens
+        return self.cost_tokens
 
 
 class Release(NamedTuple):
@@ -146,7 +154,8 @@ class Ledger:
                 affinity = op.affinity[:MAX_CANDIDATES]
                 exclude = op.exclude[-MAX_CANDIDATES:]
                 args += ("A", op.request, op.cost_tokens, op.tiebreak, len(affinity), len(exclude))
-                args += affinity
+                for rid, cost_tokens in affinity:
+                    args += (rid, cost_tokens)
                 args += exclude
             elif type(op) is Release:
                 args += ("R", op.request)
