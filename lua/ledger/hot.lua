@@ -45,7 +45,7 @@ if not batch then
 end
 local limits = redis.call('HMGET', spec, 'max_requests', 'affinity_absolute', 'affinity_relative')
 local max_requests = whole(limits[1], 1e9, 0, 1e9)
-local absolute = whole(limits[2], 0, 0, 1e15)
+local absolute = whole(limits[2], 0, 0, 1e9) * 1000
 local relative = math.max(1, math.min(1000, tonumber(limits[3]) or 1))
 local book = { accounts = {}, total = whole(redis.call('HGET', keys.nreq, '*'), 0, 0, 1e9) }
 local reply = { redis.call('GET', ver) or '0' }

@@ -2,7 +2,8 @@
 -- The lowest score wins, ties by the caller's random number. An affinity candidate that is not full
 -- wins where the request would be worked off sooner: its score, and the request's cost there at its
 -- throughput, are at most what they are on the replica of the lowest score, with
--- max(lowest + absolute, lowest × relative) for that score. Of several, the soonest.
+-- max(lowest + absolute, lowest × relative) for that score (absolute is one too). Of several, the
+-- soonest.
 --@include lib/token_score
 local function choose(keys, operation, absolute, relative)
   local ready, excluded, tries = keys.ready, operation.excluded, operation.tries

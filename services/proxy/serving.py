@@ -134,8 +134,8 @@ class Served:
             self.room.wake_all()
 
     def _know_ready(self) -> None:
-        ready = self.table.ready.items()
-        self.affinity.update({rid: replica.capacity for rid, replica in ready})
+        ready = self.table.ready if self.table.spec.prefix_affinity else {}
+        self.affinity.update({rid: replica.capacity for rid, replica in ready.items()})
 
 
 class Fleet:

@@ -195,7 +195,7 @@ class Interleaving:
         """Change the model's own limits."""
         model, pick = self.model, self.random
         model.max_requests = pick.choice((0, 3, 10, 100_000, 100_000, 100_000))
-        model.affinity_absolute = pick.choice((0, 0, 500_000, 10**9))
+        model.affinity_absolute = pick.choice((0, 0, 500, 10**6))
         model.affinity_relative = pick.choice((1.0, 1.5, 4.0, 1000.0))
         fields = {
             "max_requests": str(model.max_requests),

@@ -106,7 +106,7 @@ class LedgerModel:
             if rid in scores and scores[rid] < FULL
         }
         soonest = {rid for rid, when in done.items() if when == min(done.values())}
-        bound = max(lowest + self.affinity_absolute, lowest * self.affinity_relative)
+        bound = max(lowest + self.affinity_absolute * 1000, lowest * self.affinity_relative)
         # Of several with the lowest score, the server may hold any against the candidates.
         allowed: set[str] = set()
         for rid in idlest:

@@ -71,7 +71,7 @@ async def test_affinity_wins_within_its_bound(door: Registry) -> None:
     fence = await lead(door)
     await make_ready(door, fence, "r0", "r1", "r2")
     await make_ready(door, fence, "full", max_requests=0)
-    await door.specs.write(fence, MODEL, {"affinity_absolute": "10000"})
+    await door.specs.write(fence, MODEL, {"affinity_absolute": "10"})
     ops = [
         Adopt("x", "r1", 10),
         Adopt("y", "r2", 11),

@@ -196,6 +196,7 @@ class Exact(Blind):
             prefix = prefix_of(prompt)
             offer = self._affinities[job.proxy].offer(prefix, whole, further)
         if not self._tokens:
+            # Counts do not say what a cache saves: affinity may put up with two requests more.
             offer = Offer(1, tuple((rid, 1) for rid, _ in offer.candidates))
         self._further[job.number] = further
         op = Reserve(
@@ -231,7 +232,9 @@ def contenders() -> dict[str, Make]:
         "two choices, own": TwoChoices,
         "least requests, 100 ms old": Stale,
         "least requests, exact": lambda s: Exact(s, tokens=False, affinity=None),
-        "least requests, exact + affinity": lambda s: Exact(s, tokens=False, affinity=Affinity),
+        "least requests, exact + affinity": lambda s: Exact(
+            s, tokens=False, affinity=Affinity, absolute=2
+        ),
         "least tokens, exact": lambda s: Exact(s, tokens=True, affinity=None),
         "least tokens, exact + affinity": lambda s: Exact(s, tokens=True, affinity=Affinity),
     }

@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from random import Random
-from typing import Final, NamedTuple
+from typing import Final
+
+import msgspec
 
 from tests.routing.contenders import Contender, Make, Setting
 from tests.routing.fleet import (
@@ -24,10 +26,10 @@ SLO_TPOT_S: Final = 0.1
 """The rest is due after half a second (long steps of others' prompts) and this for each token."""
 
 
-class Scenario(NamedTuple):
+class Scenario(msgspec.Struct, frozen=True, kw_only=True):
     """A fleet and how hard it is driven."""
 
-    speeds: tuple[float, ...] = (0.5,) * 4 + (1.0,) * 8 + (2.0,) * 4
+    speeds: tuple[float, ...]
     proxies: int = 4
     speeds_known: bool = True
     """Whether records say how fast a replica is."""
@@ -36,7 +38,13 @@ class Scenario(NamedTuple):
     seed: int = 1
 
 
-class Outcome(NamedTuple):
+def speeds_of(replicas: int) -> tuple[float, ...]:
+    """Make a mixed fleet: a quarter half as fast as the others, a quarter twice as fast."""
+    quarter = replicas // 4
+    return (0.5,) * quarter + (1.0,) * (replicas - 2 * quarter) + (2.0,) * quarter
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """What came of it."""
 
     requests: int

@@ -69,6 +69,11 @@ def _csv(path: Path) -> Iterable[Arrival]:
             fresh += count
 
 
+def rate_per_s(arrivals: list[Arrival]) -> float:
+    """Return how many requests arrive per second on average."""
+    return (len(arrivals) - 1) / max(1e-9, arrivals[-1].at_s)
+
+
 def steady(arrivals: list[Arrival], random: Random) -> list[Arrival]:
     """Keep what arrives and its order, but as a Poisson process over the same time."""
     mean_s = arrivals[-1].at_s / max(1, len(arrivals) - 1)
@@ -102,7 +107,9 @@ def generated(count: int, seed: int) -> list[Arrival]:
             arrivals.append(Arrival(round(at_s, 3), tokens, output, tail))
             blocks = (*blocks, *(next(fresh) for _ in range(1 + int(random.expovariate(1.0)))))
             at_s += 4 + random.expovariate(1 / 20)
-    return sorted(arrivals)[:count]
+    arrivals.sort()
+    first_s = arrivals[0].at_s
+    return [one._replace(at_s=round(one.at_s - first_s, 3)) for one in arrivals[:count]]
 
 
 def text_of(arrivals: Iterable[Arrival]) -> str:

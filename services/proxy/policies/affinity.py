@@ -23,6 +23,8 @@ MEMORY: Final = 1 << 15
 WIDESPREAD: Final = 4
 """So many replicas make a prefix widespread (or all of them, where there are fewer)."""
 CANDIDATES: Final = 3
+EXPECTED: Final = 0.5
+"""The share of a prompt that its home is expected to hold where this proxy knows nothing better."""
 
 
 class Offer(NamedTuple):
@@ -36,12 +38,23 @@ class Offer(NamedTuple):
 class Affinity:
     """What one proxy knows of the prefixes of one model."""
 
-    def __init__(self, candidates: int = CANDIDATES, widespread: int = WIDESPREAD) -> None:
+    def __init__(
+        self,
+        candidates: int = CANDIDATES,
+        widespread: int = WIDESPREAD,
+        expected: float = EXPECTED,
+    ) -> None:
         self.homes = Homes()
         self._ready: frozenset[str] = frozenset()
         self._seen: dict[int, tuple[str, ...]] = {}
         self._candidates = candidates
         self._widespread = widespread
+        self._expected = expected
+
+    @property
+    def remembered(self) -> int:
+        """How many digests are remembered."""
+        return len(self._seen)
 
     def update(self, capacities: Mapping[str, float]) -> None:
         """Take over which replicas are READY, and their relative throughput."""
@@ -67,17 +80,18 @@ class Affinity:
                     if rid not in held and rid in ready:
                         held[rid] = at
             at -= 1
-        everywhere = CUTS[at] if at >= 0 else 0
+        everywhere_tokens = CUTS[at] * prompt_tokens // size_bytes if at >= 0 else 0
         costs = [
             (rid, whole_tokens - CUTS[place] * prompt_tokens // size_bytes)
             for rid, place in held.items()
-        ][: self._candidates]
-        elsewhere = whole_tokens - everywhere * prompt_tokens // size_bytes
-        if at + 1 < len(digests) and len(costs) < self._candidates:
-            for rid in self.homes.of(digests[at + 1]):
-                if rid not in held and len(costs) < self._candidates:
-                    costs.append((rid, elsewhere))
-        return Offer(elsewhere, tuple(costs))
+        ]
+        elsewhere_tokens = whole_tokens - everywhere_tokens
+        if at + 1 < len(digests):
+            new_tokens = prompt_tokens - everywhere_tokens
+            home_tokens = elsewhere_tokens - int(new_tokens * self._expected)
+            homes = self.homes.of(digests[at + 1])
+            costs += [(rid, home_tokens) for rid in homes if rid not in held]
+        return Offer(elsewhere_tokens, tuple(costs[: self._candidates]))
 
     def placed(self, prefix: Prefix, rid: str) -> None:
         """Remember that a request was sent to `rid`."""
