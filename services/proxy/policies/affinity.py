@@ -63,8 +63,8 @@ class Affinity:
 
     def offer(self, prefix: Prefix, prompt_tokens: int, further_tokens: int) -> Offer:
         """Name the candidates of a request and the costs: prompt not held, and what is further."""
-        digests, size_bytes = prefix
         whole_tokens = prompt_tokens + further_tokens
+        digests, size_bytes = prefix
         if not digests or len(self._ready) < 2:
             return Offer(whole_tokens)
         seen, ready = self._seen, self._ready

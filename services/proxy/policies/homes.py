@@ -10,7 +10,7 @@ kept. A replica that comes is held against the homes that are kept, a replica th
 those that it was among: no request pays for a change of slots other than its own.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from math import log
 from typing import Final
 from zlib import crc32
@@ -20,6 +20,7 @@ HOMES: Final = 2
 """Homes per slot: where the first has no room, the second has the rest of the load."""
 _SPREAD: Final = 0x9E3779B1
 _RANGE: Final = 1 << 32
+_MASK: Final = _RANGE - 1
 
 
 class _Slot:
@@ -27,10 +28,20 @@ class _Slot:
 
     __slots__ = ("arrivals", "homes", "weights")
 
-    def __init__(self, homes: list[str], weights: list[float], arrivals: int) -> None:
-        self.homes = homes
-        self.weights = weights
+    def __init__(self, arrivals: int) -> None:
+        self.homes: list[str] = []
+        self.weights: list[float] = []
         self.arrivals = arrivals
+
+    def enter(self, rid: str, weight: float) -> None:
+        """Let a replica take the place that its weight gives it."""
+        weights = self.weights
+        at = len(weights)
+        while at and weight > weights[at - 1]:
+            at -= 1
+        self.homes.insert(at, rid)
+        weights.insert(at, weight)
+        del self.homes[HOMES:], weights[HOMES:]
 
 
 class Homes:
@@ -38,6 +49,8 @@ class Homes:
 
     def __init__(self) -> None:
         self._capacities: dict[str, float] = {}
+        self._groups: dict[float, dict[str, int]] = {}
+        """Capacity → replica → its number in hashes."""
         self._arrivals: list[str] = []
         """Replicas in the order in which they came; those that have left stay named."""
         self._slots: dict[int, _Slot] = {}
@@ -54,44 +67,54 @@ class Homes:
                 number: slot for number, slot in self._slots.items() if gone.isdisjoint(slot.homes)
             }
         self._capacities = dict(capacities)
+        self._groups = {}
+        for rid, capacity in capacities.items():
+            self._groups.setdefault(capacity, {})[rid] = crc32(rid.encode())
         self._arrivals += new
         if len(self._arrivals) > 2 * len(capacities) + SLOTS:
             self._arrivals = []
             self._slots = {}
 
-    def of(self, digest: int) -> Collection[str]:
+    def of(self, digest: int) -> Sequence[str]:
         """Name the homes of a digest, best first; none where no replica is READY."""
-        number = ((digest * _SPREAD) & (_RANGE - 1)) * SLOTS // _RANGE
+        number = ((digest * _SPREAD) & _MASK) * SLOTS // _RANGE
         slot = self._slots.get(number)
         if slot is None:
-            slot = self._slots[number] = _Slot([], [], len(self._arrivals))
-            for rid, capacity in self._capacities.items():
-                _enter(slot, number, rid, capacity)
+            slot = self._slots[number] = self._ranked(number)
         elif slot.arrivals < len(self._arrivals):
-            for rid in self._arrivals[slot.arrivals :]:
-                capacity = self._capacities.get(rid)
-                if capacity is not None and rid not in slot.homes:
-                    _enter(slot, number, rid, capacity)
-            slot.arrivals = len(self._arrivals)
+            self._catch_up(number, slot)
         return slot.homes
 
+    def _ranked(self, number: int) -> _Slot:
+        """Work out a slot: of each capacity, only those with the highest draws can be its homes."""
+        slot = _Slot(len(self._arrivals))
+        factor = _factor(number)
+        for capacity, group in self._groups.items():
+            draws = [base * factor & _MASK for base in group.values()]
+            rids = list(group)
+            for _ in range(min(HOMES, len(draws))):
+                best = max(draws)
+                at = draws.index(best)
+                slot.enter(rids[at], _weight(best, capacity))
+                draws[at] = -1
+        return slot
 
-def _enter(slot: _Slot, number: int, rid: str, capacity: float) -> None:
-    """Let a replica take the place in a slot that its weight gives it."""
-    weight = _weight(number, rid, capacity)
-    weights, homes = slot.weights, slot.homes
-    if len(homes) == HOMES and weight <= weights[-1]:
-        return
-    at = len(homes)
-    while at and weight > weights[at - 1]:
-        at -= 1
-    homes.insert(at, rid)
-    weights.insert(at, weight)
-    del homes[HOMES:], weights[HOMES:]
+    def _catch_up(self, number: int, slot: _Slot) -> None:
+        """Hold the replicas that came since against the homes that there are."""
+        factor = _factor(number)
+        for rid in self._arrivals[slot.arrivals :]:
+            capacity = self._capacities.get(rid)
+            if capacity is not None and rid not in slot.homes:
+                draw = self._groups[capacity][rid] * factor & _MASK
+                slot.enter(rid, _weight(draw, capacity))
+        slot.arrivals = len(self._arrivals)
 
 
-def _weight(number: int, rid: str, capacity: float) -> float:
-    """Weigh a replica for a slot: it wins a share of slots in proportion to its capacity."""
-    mixed = (crc32(rid.encode(), number) * _SPREAD) & (_RANGE - 1)
-    mixed ^= mixed >> 15
-    return -max(capacity, 1e-6) / log((mixed + 0.5) / _RANGE)
+def _factor(number: int) -> int:
+    """Give a slot the odd number by which it draws: other slots, other draws."""
+    return crc32(number.to_bytes(4, "little")) | 1
+
+
+def _weight(draw: int, capacity: float) -> float:
+    """Weigh a draw, so that a replica wins a share of slots in proportion to its capacity."""
+    return -max(capacity, 1e-6) / log((draw + 0.5) / _RANGE)

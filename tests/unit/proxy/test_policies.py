@@ -92,32 +92,51 @@ def test_homes_follow_capacity() -> None:
     table = Homes()
     table.update({"a": 1.0, "b": 2.0, "c": 1.0})
     slots = range(0, 1 << 36, (1 << 36) // 4000 + 1)
-    counts = Counter(next(iter(table.of(digest))) for digest in slots)
+    counts = Counter(table.of(digest)[0] for digest in slots)
     assert 1.7 < counts["b"] / counts["a"] < 2.3
     assert 1.7 < counts["b"] / counts["c"] < 2.3
 
 
-def test_homes_are_weighed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With 1,000 replicas a slot is worked out once, and one that comes costs one step a slot."""
-    weighed = 0
-    weigh = homes._weight
+def test_homes_are_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 1,000 replicas a slot is ranked once; a replica that comes is one weighing a slot."""
+    ranked: list[int] = []
+    weighed: list[int] = []
+    rank, weigh = Homes._ranked, homes._weight
 
-    def counted(number: int, rid: str, capacity: float) -> float:
-        nonlocal weighed
-        weighed += 1
-        return weigh(number, rid, capacity)
+    def ranking(table: Homes, number: int) -> homes._Slot:
+        ranked.append(number)
+        return rank(table, number)
 
-    monkeypatch.setattr(homes, "_weight", counted)
+    def weighing(draw: int, capacity: float) -> float:
+        weighed.append(draw)
+        return weigh(draw, capacity)
+
+    monkeypatch.setattr(Homes, "_ranked", ranking)
+    monkeypatch.setattr(homes, "_weight", weighing)
     table = Homes()
     fleet = {f"m-{number}": 1.0 for number in range(1000)}
     table.update(fleet)
-    table.of(12345)
-    assert weighed == 1000
-    table.of(12345)
-    assert weighed == 1000
+    for _ in range(3):
+        table.of(12345)
+    assert (len(ranked), len(weighed)) == (1, HOMES)
     table.update({**fleet, "new": 1.0})
     assert len(table.of(12345)) == HOMES
-    assert weighed == 1001
+    assert (len(ranked), len(weighed)) == (1, HOMES + 1)
+    other = next(rid for rid in fleet if rid not in table.of(12345))
+    table.update({rid: 1.0 for rid in fleet if rid != other})
+    table.of(12345)
+    assert len(ranked) == 1
+
+
+def test_homes_are_spread_evenly() -> None:
+    """Among equal replicas each is home to about as many prompts as the others."""
+    table = Homes()
+    table.update(FLEET)
+    slots = range(0, 1 << 36, (1 << 36) // 8000 + 1)
+    counts = Counter(table.of(digest)[0] for digest in slots)
+    mean = sum(counts.values()) / len(FLEET)
+    assert len(counts) == len(FLEET)
+    assert max(counts.values()) < 1.5 * mean
 
 
 def test_a_conversation_stays_where_it_is() -> None:
