@@ -15,6 +15,9 @@ MODELS ?= deploy/models/demo.json
 UP ?=
 # More options for the benchmark, such as BENCH="--rounds 9 --workload stream".
 BENCH ?=
+# Request traces for `bench-routing`, in Mooncake's or Azure's format, and more options for it.
+TRACE ?=
+ROUTING ?=
 # More options for pytest, such as PYTEST="-x -k ledger".
 PYTEST ?=
 
@@ -36,7 +39,7 @@ endif
 help: ## Print this list
 	@awk 'BEGIN { FS = ":.*## " } \
 	  /^##@ / { printf "\n%s\n", substr($$0, 5) } \
-	  /^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	  /^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 ##@ Run
 
@@ -98,6 +101,10 @@ test-slow: setup system engine ## Run the tests on real vLLM, on whole meshes an
 bench: setup ## Measure what the proxy costs, in turns with nginx (some minutes, two quiet cores)
 	@deploy/bootstrap/system.sh bench || echo "going on: what is missing is said below"
 	@exec $(BIN)/python -m tests.bench $(BENCH)
+
+.PHONY: bench-routing
+bench-routing: setup ## Compare routing policies in virtual time on TRACE, or on the sample that ships
+	@exec $(BIN)/python -m tests.routing $(TRACE) $(ROUTING)
 
 ##@ Maintain
 
