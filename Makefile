@@ -15,6 +15,9 @@ MODELS ?= deploy/models/demo.json
 UP ?=
 # More options for the benchmark, such as BENCH="--rounds 9 --workload stream" or BENCH="--plot".
 BENCH ?=
+# Request traces for `bench-routing`, in Mooncake's or Azure's format, and more options for it.
+TRACE ?=
+ROUTING ?=
 # More options for pytest, such as PYTEST="-x -k ledger".
 PYTEST ?=
 
@@ -37,7 +40,7 @@ endif
 help: ## Print this list
 	@awk 'BEGIN { FS = ":.*## " } \
 	  /^##@ / { printf "\n%s\n", substr($$0, 5) } \
-	  /^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	  /^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 ##@ Run
 
@@ -104,6 +107,10 @@ bench: setup ## Measure what the proxy costs, in turns with nginx and the peers 
 bench-peers: setup ## Install vllm-router and sglang-router, for `make bench` to measure beside ours
 	$(UV) venv --quiet --allow-existing --python $(BIN)/python $(PEERS)
 	$(UV) pip sync --quiet --require-hashes --python $(PEERS)/bin/python tests/bench/peers.lock
+
+.PHONY: bench-routing
+bench-routing: setup ## Compare routing policies in virtual time on TRACE, or on the sample that ships
+	@exec $(BIN)/python -m tests.routing $(TRACE) $(ROUTING)
 
 ##@ Maintain
 

@@ -15,7 +15,8 @@
 -- ARGV 1+
 --   1 proxy: name
 --   then, up to 64 times, one of
---   A request cost(tokens) random(integer) naffinity nexclude affinity.. exclude..
+--   A request cost(tokens) random(integer) naffinity nexclude pair.. exclude..
+--     where pair is a replica that affinity prefers, and the cost(tokens) there
 --   R request
 --   D request rid cost(tokens)
 -- RETURN
@@ -45,7 +46,7 @@ if not batch then
 end
 local limits = redis.call('HMGET', spec, 'max_requests', 'affinity_absolute', 'affinity_relative')
 local max_requests = whole(limits[1], 1e9, 0, 1e9)
-local absolute = whole(limits[2], 0, 0, 1e15)
+local absolute = whole(limits[2], 0, 0, 1e9) * 1000
 local relative = math.max(1, math.min(1000, tonumber(limits[3]) or 1))
 local reply = { redis.call('GET', ver) or '0' }
 local known = redis.call('ZSCORE', px, proxy)
@@ -68,9 +69,10 @@ for index, operation in ipairs(batch) do
         or choose(keys, book, operation, absolute, relative)
     end
     local placed = wanted and string.sub(wanted, 1, 1) ~= '!'
-    held[operation.request] = placed and wanted .. ' ' .. digits(operation.cost) or false
+    local price = operation.costs[wanted] or operation.cost
+    held[operation.request] = placed and wanted .. ' ' .. digits(price) or false
     if placed then
-      charge(book, wanted, 1, operation.cost)
+      charge(book, wanted, 1, price)
     end
     reply[index + 1] = verb == 'A' and wanted or (wanted or mine) and 1 or 0
   end

@@ -1,11 +1,13 @@
 -- operations(argv, first): the batch from argv[first] on as a list of tables, or nil and the number
 -- of the argument that makes no sense. Costs are clamped to [0, 1e9]; what is no number costs 1.
+-- `costs` holds what a reserve costs on each of its candidates.
 --@include lib/whole
 local function operations(argv, first)
   local list, at = {}, first
   while at <= #argv do
     local verb, request = argv[at], argv[at + 1] or ''
-    local operation = { verb = verb, request = request, affinity = {}, excluded = {} }
+    local operation =
+      { verb = verb, request = request, affinity = {}, costs = {}, excluded = {} }
     if #request < 1 or #request > 200 then
       return nil, at + 1
     elseif verb == 'R' then
@@ -26,12 +28,14 @@ local function operations(argv, first)
         return nil, at + 4
       end
       for index = 1, candidates do
-        operation.affinity[index] = argv[at + 5 + index]
+        local rid = argv[at + 4 + 2 * index] or ''
+        operation.affinity[index] = rid
+        operation.costs[rid] = whole(argv[at + 5 + 2 * index], 1, 0, 1e9)
       end
       for index = 1, operation.tries do
-        operation.excluded[argv[at + 5 + candidates + index] or ''] = true
+        operation.excluded[argv[at + 5 + 2 * candidates + index] or ''] = true
       end
-      at = at + 6 + candidates + operation.tries
+      at = at + 6 + 2 * candidates + operation.tries
     else
       return nil, at
     end

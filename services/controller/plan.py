@@ -99,6 +99,7 @@ def wanted_spec(view: ModelView, now_ms: int) -> ModelSpec:
         request_timeout_s=spec.routing.request_timeout_s,
         inter_byte_timeout_s=spec.routing.inter_byte_timeout_s,
         stream_failover=spec.stream_failover,
+        prefix_affinity=spec.routing.prefix_affinity,
         affinity_absolute=spec.routing.affinity_absolute,
         affinity_relative=spec.routing.affinity_relative,
         max_model_len_tokens=known,

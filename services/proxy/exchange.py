@@ -134,9 +134,11 @@ class Exchange:
         self._retry = None
         self._attempts += 1
         self._ledger_id = f"{self._number:x}-{self._attempts}"
-        excluded = self._tries.excluded(self._served, self._now_s())
-        self._served.reservations.reserve(
-            self._ledger_id, self._failover.cost_tokens, excluded, self._reserved
+        served = self._served
+        excluded = self._tries.excluded(served, self._now_s())
+        offer = self._failover.offer(served.affinity)
+        served.reservations.reserve(
+            self._ledger_id, offer.cost_tokens, excluded, self._reserved, offer.candidates
         )
 
     def _reserved(self, answer: str) -> None:
@@ -231,6 +233,7 @@ class Exchange:
         path, body = self._failover.request
         self._phase = Phase.SENT
         self._tries.sent += 1
+        self._served.affinity.placed(self._inbound.prefix, endpoint.rid)
         self._connection = connection
         self._heard_s = self._now_s()
         connection.send(self, endpoint.request(path, self._inbound.request_id, body))
@@ -263,7 +266,7 @@ class Exchange:
             outcome = Step.ENDED if relay.ended else Step.GOES_ON
         if outcome is Step.GOES_ON:
             if self._phase is Phase.SENT and relay.goes_on:
-                self._gone_on()
+                self._answering()
             if relay.client.stalled and self._connection is not None:
                 self._connection.pause()
         elif outcome is Step.ENDED:
@@ -297,17 +300,14 @@ class Exchange:
             self._connection.resume()
 
     def _answering(self) -> None:
-        """Note the first byte: the prompt has been worked off."""
+        """Note the first bytes: the prompt has been worked off."""
         self._phase = Phase.ANSWERING
         self._answered()
-        self._served.metrics.first_byte.observe(self._heard_s - self._started_s)
-        self._settle()
-
-    def _gone_on(self) -> None:
-        """Note the first bytes of a replica that goes on with the stream."""
-        self._phase = Phase.ANSWERING
-        self._answered()
-        self._served.metrics.failovers[self._failover.kind].inc()
+        metrics = self._served.metrics
+        if self._relay.goes_on:
+            metrics.failovers[self._failover.kind].inc()
+        else:
+            metrics.first_byte.observe(self._heard_s - self._started_s)
         self._settle()
 
     def _settle(self) -> None:
@@ -376,7 +376,7 @@ class Exchange:
             max_tries=self._fleet.settings.max_tries,
         )
         if verdict is Verdict.GIVE_UP:
-            self._give_up()
+            self._refuse(tries.refusal(self._served, overdue=now_s >= self._deadline_s))
             return
         delay_s = 0.0 if tries.failure in UNSENT else self._served.budget.delay_s(now_s)
         if verdict is Verdict.LATER:
@@ -389,10 +389,6 @@ class Exchange:
             self._retry = loop.call_later(delay_s, self._reserve)
         else:
             self._reserve()
-
-    def _give_up(self) -> None:
-        overdue = self._now_s() >= self._deadline_s
-        self._refuse(self._tries.refusal(self._served, overdue=overdue))
 
     def _refuse(self, refusal: Refusal) -> None:
         if self._relay.started:

@@ -7,6 +7,7 @@ often a stream has lost its replica stands on its tape, so that it counts whiche
 from services.proxy.continuation.plan import Continuation, armed, finish, plan, tail
 from services.proxy.continuation.rules import MAX_FAILOVERS, Refused
 from services.proxy.inbound import Inbound
+from services.proxy.policies.affinity import Affinity, Offer
 from services.proxy.relay import Relay
 from shared.models.routing import ModelSpec
 
@@ -33,13 +34,13 @@ class Failover:
             return inbound.path, armed(inbound.body)
         return inbound.path, inbound.body
 
-    @property
-    def cost_tokens(self) -> int:
-        """Tokens of work that the next replica has with it."""
-        cost_tokens = self._inbound.prompt_tokens + self._inbound.output_tokens
+    def offer(self, affinity: Affinity) -> Offer:
+        """Say what the next replica has with it, and where it has less."""
+        inbound = self._inbound
+        further_tokens = inbound.output_tokens
         if self._continuation is not None:
-            cost_tokens += self._continuation.kept_tokens
-        return cost_tokens
+            further_tokens += self._continuation.kept_tokens
+        return affinity.offer(inbound.prefix, inbound.prompt_tokens, further_tokens)
 
     @property
     def kind(self) -> str:

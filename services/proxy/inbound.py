@@ -17,6 +17,7 @@ from services.proxy.continuation.plan import COMPLETIONS, PATHS
 from services.proxy.continuation.rules import armable
 from services.proxy.continuation.tape import Options
 from services.proxy.cost import prompt_tokens
+from services.proxy.policies.digests import Prefix, prefix_of
 from services.proxy.refusals import Refusal
 from shared.ids import new_request_id
 
@@ -60,6 +61,7 @@ class Inbound(msgspec.Struct):
     body: bytes
     request_id: bytes
     prompt_tokens: int
+    prefix: Prefix
     client_limit_tokens: int | None
     choices: int = 1
     tape: Options | None = None
@@ -114,6 +116,7 @@ def inbound(path: bytes, body: bytes, request_id: bytes, given: Peek) -> Inbound
         body=body,
         request_id=request_id,
         prompt_tokens=prompt_tokens(prompt),
+        prefix=prefix_of(prompt, bytes(given.tools)),
         client_limit_tokens=limit,
         choices=_whole(given.n) or 1,
         tape=_tape(path, given) if given.stream is True else None,

@@ -116,14 +116,20 @@ class Reservations:
         return self._unsettled
 
     def reserve(
-        self, request: str, cost_tokens: int, exclude: tuple[str, ...], answer: Answer
+        self,
+        request: str,
+        cost_tokens: int,
+        exclude: tuple[str, ...],
+        answer: Answer,
+        affinity: tuple[tuple[str, int], ...] = (),
     ) -> None:
         """Reserve a replica for `request`; `answer` is called once, maybe before this returns.
 
-        `request` must be new for every try, so that tries cannot be confused.
+        `request` must be new for every try, so that tries cannot be confused. `affinity` names
+        replicas on which it costs less, and what it costs there.
         """
         now_s = self._loop.time()
-        op = Reserve(request, cost_tokens, self._random.getrandbits(TIE_BITS), (), exclude)
+        op = Reserve(request, cost_tokens, self._random.getrandbits(TIE_BITS), affinity, exclude)
         entry = _Entry(op, answer, now_s)
         if self.breaker.open:
             self._decide_locally(entry)
@@ -344,5 +350,5 @@ class Reservations:
         entry.answer = None
         self._metrics.choice_s.observe(now_s - entry.asked_s)
         if result not in {BUSY, NONE}:
-            self.live.add(entry.request, Holding(result, op.cost_tokens, now_s))
+            self.live.add(entry.request, Holding(result, op.cost_on(result), now_s))
         answer(result)

@@ -15,6 +15,7 @@ from services.proxy.admission import retry_after_s
 from services.proxy.breaker import RedisBreaker, ReplicaBreaker
 from services.proxy.cost import OutputEstimate
 from services.proxy.metrics import LedgerMetrics, Metrics, ModelMetrics
+from services.proxy.policies.affinity import Affinity
 from services.proxy.pool import Endpoints
 from services.proxy.refusals import Refusal
 from services.proxy.reservations import BatchLedger, Reservations
@@ -72,6 +73,7 @@ class Served:
         self.metrics = metrics
         self.room = WaitingRoom()
         self.output = OutputEstimate()
+        self.affinity = Affinity()
         self.budget = Budget(now_s)
         self.exchanges: set[Carried] = set()
         self.ejected: dict[str, ReplicaBreaker] = {}
@@ -81,6 +83,7 @@ class Served:
         self._finished = 0
         self._rated_s = now_s
         self._retried_s = now_s
+        self._know_ready()
 
     @property
     def busy(self) -> bool:
@@ -126,6 +129,7 @@ class Served:
 
     def table_changed(self) -> None:
         """Let waiting requests try, and take requests back from replicas that are lost."""
+        self._know_ready()
         for exchange in list(self.exchanges):
             rid = exchange.rid
             if rid is None:
@@ -139,6 +143,10 @@ class Served:
                 exchange.trust()
         if self.room.waiting:
             self.room.wake_all()
+
+    def _know_ready(self) -> None:
+        ready = self.table.ready if self.table.spec.prefix_affinity else {}
+        self.affinity.update({rid: replica.capacity for rid, replica in ready.items()})
 
 
 class Fleet:
@@ -194,6 +202,7 @@ class Fleet:
             served = self._served[table.model] = self._make(table)
         elif served.table is not table:
             served.table = table  # deleted, and declared again
+            served.table_changed()
         return served
 
     def in_flight(self) -> int:

@@ -217,6 +217,7 @@ def _spec_of(deployment: Deployment) -> ModelSpec:
         request_timeout_s=spec.routing.request_timeout_s,
         inter_byte_timeout_s=spec.routing.inter_byte_timeout_s,
         stream_failover=spec.stream_failover,
+        prefix_affinity=spec.routing.prefix_affinity,
         max_model_len_tokens=spec.engine.max_model_len_tokens or 0,
     )
 

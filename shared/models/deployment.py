@@ -134,10 +134,13 @@ class RoutingSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     stream_failover: StreamFailover = StreamFailover.AUTO
     """Which streams go on from another replica: `valid` (all that can), `exact` (only those that go
     on exactly as they would have), `off`, or `auto`: `valid`, and `off` for `external` servers."""
+    prefix_affinity: bool = True
+    """Send a prompt where its beginning is probably in the engine's prefix cache, while that is
+    sooner than on the idlest replica. Switch it off where engines have no prefix cache."""
     affinity_absolute: int = 0
-    """An affinity candidate wins while its score is at most min + this, or min × the next."""
+    """Tokens of work that affinity may put up with beyond that."""
     affinity_relative: float = 1.0
-    """See `affinity_absolute`; 1 leaves the bound to that."""
+    """The same, as a multiple of the idlest replica's outstanding work; the larger one counts."""
 
 
 class DeploymentSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -18,6 +18,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     request_timeout_s: float = 600.0
     inter_byte_timeout_s: float = 120.0
     stream_failover: StreamFailover = StreamFailover.VALID
+    prefix_affinity: bool = True
     affinity_absolute: int = 0
     affinity_relative: float = 1.0
     max_model_len_tokens: int = 0

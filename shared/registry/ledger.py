@@ -58,10 +58,18 @@ class Reserve(NamedTuple):
     cost_tokens: int
     tiebreak: int
     """A random whole number: decides among replicas of equal score."""
-    affinity: tuple[str, ...] = ()
-    """Replicas to prefer, best first; only the first 16 count."""
+    affinity: tuple[tuple[str, int], ...] = ()
+    """Replicas that may hold a part of the prompt, each once, and the cost there in tokens; only
+    the first 16 count."""
     exclude: tuple[str, ...] = ()
     """Replicas that this request has tried; only the last 16 count."""
+
+    def cost_on(self, rid: str) -> int:
+        """Return what the request costs on a replica, in tokens."""
+        for candidate, cost_tokens in self.affinity:
+            if candidate == rid:
+                return cost_tokens
+        return self.cost_tokens
 
 
 class Release(NamedTuple):
@@ -255,7 +263,8 @@ def _encoded(proxy: str, ops: Sequence[Op]) -> list[Argument]:
             request, cost_tokens, tiebreak, affinity, exclude = op
             affinity, exclude = affinity[:MAX_CANDIDATES], exclude[-MAX_CANDIDATES:]
             args += ("A", request, cost_tokens, tiebreak, len(affinity), len(exclude))
-            args += affinity
+            for candidate in affinity:
+                args += candidate
             args += exclude
         elif type(op) is Adopt:
             args += ("D", op.request, op.rid, op.cost_tokens)

@@ -41,7 +41,9 @@ async def cost_us(registry: Registry, server: RedisServer, model: str, batch: in
     """Measure what one reserve with its release costs the server, in microseconds."""
     before = seconds_in_scripts(server)
     for number in range(BATCHES):
-        ops = [Reserve(f"q{n}", 50, n * 7919 + number, ("r3",), ("r1",)) for n in range(batch)]
+        ops = [
+            Reserve(f"q{n}", 50, n * 7919 + number, (("r3", 40),), ("r1",)) for n in range(batch)
+        ]
         await registry.ledger.batch(model, "p1", ops)
         await registry.ledger.batch(model, "p1", [Release(op.request) for op in ops])
     return (seconds_in_scripts(server) - before) * 1e6 / BATCHES / batch

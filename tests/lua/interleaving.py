@@ -86,17 +86,23 @@ class Interleaving:
         """Make one operation as raw arguments."""
         pick = self.random
         request = f"q{pick.randrange(14)}"
-        cost = pick.choice((*NUMBERS, *(str(pick.randrange(2000)) for _ in range(30))))
+        cost = self.cost()
         verb = pick.choice("AAAARRD")
         if verb == "R":
             return ["R", request]
         if verb == "D":
             return ["D", request, pick.choice((*RIDS, "ghost")), cost]
         affinity = pick.sample((*RIDS, "ghost"), pick.choice((0, 0, 1, 3)))
+        pairs = [part for rid in affinity for part in (rid, self.cost())]
         exclude = pick.sample((*RIDS, "ghost"), pick.choice((0, 0, 1, 2, 6)))
         tie = pick.choice((*NUMBERS, *(str(pick.randrange(1000)) for _ in range(30))))
         sizes = [str(len(affinity)), str(len(exclude))]
-        return ["A", request, cost, tie, *sizes, *affinity, *exclude]
+        return ["A", request, cost, tie, *sizes, *pairs, *exclude]
+
+    def cost(self) -> str:
+        """Make a cost, now and then a hostile one."""
+        pick = self.random
+        return pick.choice((*NUMBERS, *(str(pick.randrange(2000)) for _ in range(30))))
 
     async def execute(self, proxy: str, ops: list[list[str]]) -> None:
         """Run a batch and let the model follow and check each result."""
@@ -105,8 +111,9 @@ class Interleaving:
         assert len(reply) == len(ops) + 1
         for op, result in zip(ops, reply[1:], strict=True):
             if op[0] == "A":
-                middle = 6 + int(op[4])
-                affinity, exclude = tuple(op[6:middle]), tuple(op[middle:])
+                middle = 6 + 2 * int(op[4])
+                pairs, exclude = op[6:middle], tuple(op[middle:])
+                affinity = dict(zip(pairs[::2], map(cost_of, pairs[1::2]), strict=True))
                 answer = result.decode()
                 self.model.reserve(proxy, op[1], cost_of(op[2]), affinity, exclude, answer)
             elif op[0] == "R":
@@ -188,7 +195,7 @@ class Interleaving:
         """Change the model's own limits."""
         model, pick = self.model, self.random
         model.max_requests = pick.choice((0, 3, 10, 100_000, 100_000, 100_000))
-        model.affinity_absolute = pick.choice((0, 0, 500_000, 10**9))
+        model.affinity_absolute = pick.choice((0, 0, 500, 10**6))
         model.affinity_relative = pick.choice((1.0, 1.5, 4.0, 1000.0))
         fields = {
             "max_requests": str(model.max_requests),

@@ -89,7 +89,7 @@ class LedgerModel:
                 scores[rid] = load + (FULL if requests.get(rid, 0) >= known.cap else 0)
         return scores
 
-    def allowed(self, affinity: tuple[str, ...], exclude: tuple[str, ...]) -> set[str]:
+    def allowed(self, cost: int, affinity: dict[str, int], exclude: tuple[str, ...]) -> set[str]:
         """Give every answer that a reserve may get now."""
         if sum(self.requests().values()) >= self.max_requests:
             return {"!BUSY"}
@@ -99,18 +99,28 @@ class LedgerModel:
         lowest = min(scores.values())
         if lowest >= FULL:
             return {"!BUSY"}
-        bound = max(lowest + self.affinity_absolute, lowest * self.affinity_relative)
-        for rid in affinity:
-            if rid in scores and scores[rid] < FULL and scores[rid] <= bound:
-                return {rid}
-        return {rid for rid, score in scores.items() if score == lowest}
+        idlest = {rid for rid, score in scores.items() if score == lowest}
+        done = {
+            rid: scores[rid] + there * self.replicas[rid].inverse
+            for rid, there in affinity.items()
+            if rid in scores and scores[rid] < FULL
+        }
+        soonest = {rid for rid, when in done.items() if when == min(done.values())}
+        bound = max(lowest + self.affinity_absolute * 1000, lowest * self.affinity_relative)
+        # Of several with the lowest score, the server may hold any against the candidates.
+        allowed: set[str] = set()
+        for rid in idlest:
+            elsewhere = bound + cost * self.replicas[rid].inverse
+            wins = bool(done) and min(done.values()) <= elsewhere
+            allowed |= soonest if wins else idlest
+        return allowed
 
     def reserve(
         self,
         proxy: str,
         request: str,
         cost: int,
-        affinity: tuple[str, ...],
+        affinity: dict[str, int],
         exclude: tuple[str, ...],
         answer: str,
     ) -> None:
@@ -120,10 +130,10 @@ class LedgerModel:
             assert answer == held[request][0], f"{request} was on {held[request][0]}, not {answer}"
             return
         held.pop(request, None)
-        allowed = self.allowed(affinity, exclude)
+        allowed = self.allowed(cost, affinity, exclude)
         assert answer in allowed, f"{request} got {answer}, allowed: {sorted(allowed)}"
         if not answer.startswith("!"):
-            held[request] = (answer, cost)
+            held[request] = (answer, affinity.get(answer, cost))
 
     def release(self, proxy: str, request: str) -> int:
         """Release; tell whether there was something."""

@@ -52,7 +52,22 @@ MUTATIONS = {
         "rid",
     ),
     "the model's cap is ignored": ("ledger/hot", "book.total >= max_requests", "false"),
-    "affinity has no bound": ("lib/choose", "and place <= bound", ""),
+    "affinity has no bound": ("lib/choose", "done < least", "done < math.huge"),
+    "affinity ignores the cost there": (
+        "lib/choose",
+        "place + operation.costs[rid] * token_score(keys.weight, rid)",
+        "place",
+    ),
+    "affinity ignores the cost elsewhere": (
+        "lib/choose",
+        "bound + operation.cost * token_score(keys.weight, idlest)",
+        "bound",
+    ),
+    "a candidate is charged the cost elsewhere": (
+        "ledger/hot",
+        "operation.costs[wanted] or operation.cost",
+        "operation.cost",
+    ),
     "reap leaves the totals": ("ledger/reap", "settle(keys, book)\n", ""),
     "reap takes a living proxy": ("ledger/reap", "if beat and beat", "if not beat and beat"),
     "reap counts twice": ("ledger/reap", "rid, -1, -cost", "rid, -2, -cost"),

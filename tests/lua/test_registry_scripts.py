@@ -248,6 +248,7 @@ async def test_spec(door: Registry) -> None:
         max_requests=7,
         request_timeout_s=1.5,
         affinity_relative=1.25,
+        prefix_affinity=False,
         created_ms=99,
     )
     first = await door.specs.write(fence, MODEL, spec_fields(routing))

@@ -67,20 +67,62 @@ async def test_excluding_its_replica_moves_a_request(door: Registry) -> None:
 
 
 async def test_affinity_wins_within_its_bound(door: Registry) -> None:
-    """An affinity candidate wins up to the bound, in the caller's order, and never when full."""
+    """An affinity candidate wins up to the bound, the least loaded first, and never when full."""
     fence = await lead(door)
     await make_ready(door, fence, "r0", "r1", "r2")
     await make_ready(door, fence, "full", max_requests=0)
-    await door.specs.write(fence, MODEL, {"affinity_absolute": "10000"})
+    await door.specs.write(fence, MODEL, {"affinity_absolute": "10"})
     ops = [
         Adopt("x", "r1", 10),
         Adopt("y", "r2", 11),
-        Reserve("a", 0, 0, affinity=("r2", "r1")),
-        Reserve("b", 0, 0, affinity=("full", "ghost", "r2")),
-        Reserve("c", 0, 0, affinity=("r1", "r0"), exclude=("r1",)),
+        Reserve("a", 0, 0, affinity=(("r2", 0), ("r1", 0))),
+        Reserve("b", 0, 0, affinity=(("full", 0), ("ghost", 0), ("r2", 0))),
+        Reserve("c", 0, 0, affinity=(("r1", 0), ("r0", 0)), exclude=("r1",)),
     ]
     results = (await door.ledger.batch(MODEL, "p1", ops)).results
     assert results == [True, True, "r1", "r0", "r0"]
+
+
+async def test_affinity_is_worth_what_it_saves(door: Registry) -> None:
+    """A candidate wins where queue and request together are no longer than on the idlest one."""
+    await make_ready(door, await lead(door), "r0", "r1")
+    ops = [
+        Adopt("x", "r1", 60),
+        Reserve("a", 100, 0, affinity=(("r1", 39),)),
+        Reserve("b", 100, 0, affinity=(("r1", 2),)),
+    ]
+    assert (await door.ledger.batch(MODEL, "p1", ops)).results == [True, "r1", "r0"]
+    totals = await door.ledger.totals(MODEL)
+    assert (totals["r1"], totals["r0"]) == (Totals(99, 2), Totals(100, 1))
+
+
+async def test_the_soonest_candidate_wins(door: Registry) -> None:
+    """Of several candidates the one wins that would have worked the request off first."""
+    await make_ready(door, await lead(door), "r0", "r1", "r2")
+    ops = [
+        Adopt("x", "r1", 10),
+        Adopt("y", "r2", 20),
+        Reserve("a", 100, 0, affinity=(("r1", 70), ("r2", 50), ("r0", 100))),
+        Reserve("b", 100, 0, affinity=(("r1", 30), ("r0", 40))),
+        Reserve("c", 100, 0, affinity=(("r1", 30), ("r0", 30))),
+    ]
+    results = (await door.ledger.batch(MODEL, "p1", ops)).results
+    assert results == [True, True, "r2", "r1", "r0"]
+
+
+async def test_affinity_counts_work_at_each_replicas_speed(door: Registry) -> None:
+    """What a slow replica would save is weighed at its own speed against a fast, idle one."""
+    fence = await lead(door)
+    await make_ready(door, fence, "fast", capacity=2.0)
+    await make_ready(door, fence, "slow", capacity=0.5)
+    ops = [
+        Adopt("x", "slow", 1),
+        Reserve("a", 100, 0, affinity=(("slow", 25),)),
+        Release("a"),
+        Reserve("b", 100, 0, affinity=(("slow", 24),)),
+    ]
+    results = (await door.ledger.batch(MODEL, "p1", ops)).results
+    assert results == [True, "fast", True, "slow"]
 
 
 async def test_full_replicas_have_no_affinity(door: Registry) -> None:
@@ -89,7 +131,7 @@ async def test_full_replicas_have_no_affinity(door: Registry) -> None:
     await make_ready(door, fence, "slow", capacity=0.001)
     await make_ready(door, fence, "full", max_requests=0)
     await door.specs.write(fence, MODEL, {"affinity_relative": "1000"})
-    ops = [Adopt("x", "slow", 10**9), Reserve("a", 1, 0, affinity=("full",))]
+    ops = [Adopt("x", "slow", 10**9), Reserve("a", 1, 0, affinity=(("full", 1),))]
     assert (await door.ledger.batch(MODEL, "p1", ops)).results == [True, "slow"]
 
 
@@ -256,8 +298,9 @@ async def test_batches_are_bounded(door: Registry) -> None:
         await door.ledger.batch(MODEL, "p1", [Release("a")] * 65)
     await make_ready(door, await lead(door), "r0", "r1")
     tried = tuple(f"x{n}" for n in range(40))
+    ghosts = tuple((rid, 1) for rid in tried)
     ops = [
-        Reserve("a", 1, 0, affinity=("r1", *tried)),
+        Reserve("a", 1, 0, affinity=(("r1", 1), *ghosts)),
         Reserve("b", 1, 0, exclude=(*tried, "r0", "r1")),
     ]
     assert (await door.ledger.batch(MODEL, "p1", ops * 32)).results == ["r1", NONE] * 32

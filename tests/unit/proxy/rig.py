@@ -132,7 +132,7 @@ class MemoryLedger:
         rid = min(counts, key=lambda rid: counts[rid])
         if counts[rid] >= self.ready[rid].max_requests:
             return BUSY
-        self._hold(op.request, rid, op.cost_tokens)
+        self._hold(op.request, rid, op.cost_on(rid))
         return rid
 
     def _hold(self, request: str, rid: str, cost_tokens: int) -> None:

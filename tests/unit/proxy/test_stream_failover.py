@@ -1,7 +1,7 @@
 """Streams that lose their replica go on from another as if nothing had happened.
 
-The replicas are simulated engines in the test's own loop, which cut a stream's connection after a
-given token. What a client gets through the cut is compared with what one engine answers alone.
+The replicas are simulated engines in the test's own loop, which cut streams after a given token.
+What a client gets is compared with what one engine answers alone.
 """
 
 import asyncio
@@ -33,8 +33,7 @@ FLAGS: Final = (
 CHAT: Final = "/v1/chat/completions"
 COMPLETIONS: Final = "/v1/completions"
 PLAIN: Final = {"content-type": "text/plain"}
-GOING_ON_S: Final = 0.05
-"""From leaving a replica to the first byte of the next one, which begins at once."""
+GOING_ON_S: Final = 0.05  # from leaving a replica to the first byte of the next one
 PROMPT: Final = "Tell me of rivers, résumé and 東京"
 
 
@@ -458,12 +457,12 @@ async def test_an_unhealthy_replica_is_left() -> None:
         reading = asyncio.create_task(rig.http.post(CHAT, json=asked))
         await wait_until(lambda: any(e.streamed for _, e in rig.served.reservations.live.items()))
         await first.suffer(kind="freeze")
-        unary = asyncio.create_task(rig.http.post(CHAT, json={**asked, "stream": False}))
-        unary2 = asyncio.create_task(rig.http.post(CHAT, json={**asked, "stream": False}))
+        whole = {**asked, "stream": False}
+        unary = [asyncio.create_task(rig.http.post(CHAT, json=whole)) for _ in range(2)]
         await wait_until(lambda: rig.fleet.in_flight() == 3)
         still = msgspec.structs.replace(rig.replicas[0], state=ReplicaState.UNHEALTHY)
         rig.change(still, rig.replicas[1])
-        for answer in (await unary, await unary2):
+        for answer in await asyncio.gather(*unary):
             assert answer.json()["usage"]["completion_tokens"] == 200
         same(read((await reading).content), wanted)
         await wait_until(rig.idle)

@@ -41,7 +41,7 @@ from shared.registry.ledger import HOT
 from shared.registry.loader import ScriptLibrary
 from shared.secret import Secret
 from shared.settings import CommonSettings
-from tests.support.certificates import Certificate, self_signed
+from tests.support.certificates import Authority
 from tests.support.redis_link import Link
 from tests.support.servers import RedisServer, Servers, free_port
 from tests.support.waiting import wait_until
@@ -63,9 +63,9 @@ def guarded(servers: Servers) -> Generator[RedisServer]:
 
 
 @pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
-    """Give a certificate of this machine, which nobody knows."""
-    return self_signed(tmp_path_factory.mktemp("tls"))
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """Make an authority that nobody knows."""
+    return Authority(tmp_path_factory.mktemp("tls"))
 
 
 @pytest.fixture(params=[False, True], ids=["calm", "hot"])
@@ -388,17 +388,17 @@ async def test_unknown_option_of_the_url(redis_server: RedisServer) -> None:
     await connection.aclose()
 
 
-async def test_tls(servers: Servers, certificate: Certificate, hot: bool) -> None:  # noqa: FBT001
+async def test_tls(servers: Servers, authority: Authority, hot: bool) -> None:  # noqa: FBT001
     """Over TLS everything works as without; a server that cannot prove who it is gets nothing."""
-    port = free_port()
+    port, signed = free_port(), authority.sign()
     server = servers.new(
         *("--tls-port", str(port), "--tls-auth-clients", "no"),
-        *("--tls-cert-file", str(certificate.chain), "--tls-key-file", str(certificate.key)),
-        *("--tls-ca-cert-file", str(certificate.chain)),
+        *("--tls-cert-file", str(signed.certificate), "--tls-key-file", str(signed.key)),
+        *("--tls-ca-cert-file", str(authority.certificate)),
         password=PASSWORD,
     )
     url = f"rediss://:{PASSWORD}@127.0.0.1:{port}/0"
-    connection = await connect(settings(f"{url}?ssl_ca_certs={certificate.chain}"), hot=hot)
+    connection = await connect(settings(f"{url}?ssl_ca_certs={authority.certificate}"), hot=hot)
     assert await called(connection) == [b"0", 0]
     replies = await asyncio.gather(*(connection.command("ECHO", "x" * 9000) for _ in range(50)))
     assert set(replies) == {b"x" * 9000}
