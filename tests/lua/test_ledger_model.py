@@ -122,7 +122,7 @@ async def test_model_check_finds_mutations(
     mutated = Registry.over(connection, registry.keys)
     try:
         with pytest.raises((AssertionError, RegistryError)):
-            await explore(mutated, range(6))
+            await explore(mutated, range(24))
     finally:
         await connection.aclose()
 
