@@ -47,7 +47,7 @@ def sweep(draft: Draft, model: str) -> None:
         return
     view = world.models[model]
     living = draft.living(model)
-    left = budget(len(living)) - _acted_lately(draft.replicas(model), world.now_ms)
+    left = budget(len(living)) - _acted_lately(draft.replicas(model), world)
     for replica in draft.replicas(model):
         if replica.state in ENDED:
             continue
@@ -138,14 +138,14 @@ def _ours(replica: Replica) -> bool:
     return replica.reason.startswith(SILENT_REASON)
 
 
-def _acted_lately(replicas: list[Replica], now_ms: int) -> int:
+def _acted_lately(replicas: list[Replica], world: World) -> int:
     return sum(
         replica.reason.startswith(SWEEP_PREFIX)
         and (
             replica.state is ReplicaState.UNHEALTHY
             or (
                 replica.state in {ReplicaState.DRAINING, ReplicaState.FAILED}
-                and now_ms - replica.since_ms < RECENT_MS
+                and world.passed_ms(replica.since_ms) < RECENT_MS
             )
         )
         for replica in replicas

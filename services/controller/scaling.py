@@ -13,7 +13,7 @@ from typing import Final
 from services.controller.backoff import STABLE_MS, Backoff, assess, pause_ms
 from services.controller.draft import SWEEP_PREFIX, Draft, tell
 from services.controller.placement import Occupant, Unplaceable, place
-from services.controller.world import ModelView
+from services.controller.world import AHEAD_MS, ModelView
 from shared.models.deployment import DeploymentSpec
 from shared.models.event import EventLevel
 from shared.models.replica import Replica, ReplicaState
@@ -73,18 +73,22 @@ def must_go(draft: Draft, replica: Replica, revision: str) -> bool:
 
 
 def assess_failures(draft: Draft, model: str, revision: str) -> Backoff:
-    """Derive the backoff of `model` from the failures of its current revision."""
+    """Derive the backoff of `model` from the failures of its current revision.
+
+    Those from before Redis' clock went back are as good as forgotten.
+    """
+    limit_ms = draft.world.now_ms + AHEAD_MS
     return assess(
         r
         for r in draft.replicas(model)
-        if r.state is ReplicaState.FAILED and r.revision == revision
+        if r.state is ReplicaState.FAILED and r.revision == revision and r.since_ms <= limit_ms
     )
 
 
 def may_create(draft: Draft, view: ModelView, backoff: Backoff) -> bool:
     """Tell whether a replica may be added now, and report a crash loop if that is why not."""
     world = draft.world
-    if world.now_ms - view.spec.created_ms < SETTLE_MS:
+    if world.passed_ms(view.spec.created_ms) < SETTLE_MS:
         return False
     if world.now_ms >= backoff.next_try_ms:
         return True
@@ -128,7 +132,7 @@ def clear_ended(draft: Draft, model: str, wanted: int) -> None:
             draft.remove(replica, "it has stopped")
         elif replica.state is ReplicaState.FAILED and replica.rid not in kept:
             obeying = world.agent_alive(replica.host)
-            if not obeying or world.now_ms - replica.since_ms >= FAILED_KEPT_MS:
+            if not obeying or world.passed_ms(replica.since_ms) >= FAILED_KEPT_MS:
                 draft.remove(replica, "its failure is history")
 
 

@@ -20,6 +20,9 @@ SILENT_MS: Final = 10_000
 LOST_MS: Final = 60_000
 """A silent replica that does not answer either is given up after this."""
 
+AHEAD_MS: Final = 10_000
+"""What is further ahead of Redis' clock was written before that clock went back."""
+
 LIVING: Final = frozenset(
     {
         ReplicaState.PENDING,
@@ -67,6 +70,15 @@ class World(msgspec.Struct, frozen=True, kw_only=True):
     """Member field → milliseconds since its last beat."""
     corrupt: tuple[str, ...] = ()
     """Subjects whose stored content does not parse: left out of this reading."""
+
+    def passed_ms(self, since_ms: int) -> int:
+        """Tell how long ago `since_ms` was; what was written before the clock went back: for ever.
+
+        Else a Redis whose clock goes back by an hour would hold everything up for an hour.
+        """
+        if since_ms - self.now_ms > AHEAD_MS:
+            return self.now_ms
+        return max(0, self.now_ms - since_ms)
 
     def agent_silent_ms(self, host: str) -> int:
         """How long the agent of `host` has been silent; for ever if it was never heard."""

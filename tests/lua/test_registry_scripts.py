@@ -151,8 +151,17 @@ async def test_one_epoch_has_one_owner(door: Registry) -> None:
     """Where a failover gave one epoch to two owners, only the one with the lease may write."""
     fence = await lead(door, "c1")
     twin = Fence(fence.epoch, "c2")
-    assert code(await door.fleet.put_order(twin, "h1", order("r0"))) is RefusalCode.FENCED
     assert await door.fleet.put_order(fence, "h1", order("r0")) is None
+    outcomes = [
+        await door.fleet.put_order(twin, "h1", order("r0")),
+        await door.fleet.drop_order(twin, "h1", "r0"),
+        await door.fleet.expel_member(twin, "agent:h1"),
+        await door.fleet.clear_hold(twin, "replica:r0"),
+        await door.fleet.tell(twin, Event(kind="Late", subject="host/h1", message="")),
+    ]
+    assert [code(outcome) for outcome in outcomes] == [RefusalCode.FENCED] * len(outcomes)
+    print(f"\n{len(outcomes)} of {len(outcomes)} kinds of write refused")  # noqa: T201 - figures for the reader
+    assert list(await door.fleet.orders("h1")) == ["r0"]
     await door.leadership.resign("c1")
     assert await door.fleet.drop_order(fence, "h1", "r0") is None
 
