@@ -52,7 +52,8 @@ local known = redis.call('ZSCORE', px, proxy)
 local before, held = holdings(lease, batch)
 local book = opened(keys, batch, held)
 
-for index, operation in ipairs(batch) do
+for index = 1, #batch do
+  local operation = batch[index]
   local verb, mine, wanted = operation.verb, held[operation.request], operation.rid
   local rid, cost = lease_of(mine)
   if verb == 'A' and rid and not operation.excluded[rid] then
@@ -76,7 +77,7 @@ for index, operation in ipairs(batch) do
   end
 end
 settle(keys, book)
-if hold(lease, before, held) and not known then
+if hold(lease, batch, before, held) and not known then
   redis.call('ZADD', px, digits(now_ms()), proxy)
 end
 return reply

@@ -3,21 +3,34 @@
 -- not full wins while its score is at most max(lowest + absolute, lowest × relative).
 --@include lib/page
 local function choose(keys, book, operation, absolute, relative)
-  local excluded, places, names, ties = operation.excluded, book.places, book.names, book.ties
-  local lowest, count
-  repeat
-    lowest, count = math.huge, 0
-    for index = 1, #places do
-      local place = places[index]
-      if place <= lowest and not excluded[names[index]] then
-        if place < lowest then
-          lowest, count = place, 0
-        end
-        count = count + 1
-        ties[count] = index
-      end
+  local excluded, places, names = operation.excluded, book.places, book.names
+  local loose, fresh, ties = book.loose, book.fresh, book.ties
+  local lowest, count, from = math.huge, 0, 1
+  for index = 1, #loose do
+    local account = loose[index]
+    local place = places[account]
+    if place and place <= lowest and not excluded[names[account]] then
+      count = place < lowest and 1 or count + 1
+      lowest, ties[count] = place, account
     end
-  until book.limit and lowest <= book.limit or not page(keys, book, 64)
+  end
+  local known = count
+  repeat
+    while fresh[from] and excluded[names[fresh[from]]] do
+      from = from + 1
+    end
+  until fresh[from] or book.limit and lowest <= book.limit or not page(keys, book, 64)
+  if fresh[from] and places[fresh[from]] < lowest then
+    lowest, count, known = places[fresh[from]], 0, 0
+  end
+  local at = from
+  while fresh[at] and places[fresh[at]] == lowest and not (book.spread and at > from) do
+    if not excluded[names[fresh[at]]] then
+      count = count + 1
+      ties[count] = fresh[at]
+    end
+    at = at + 1
+  end
   if count == 0 then
     return '!NONE'
   elseif lowest >= 4e15 then
@@ -26,12 +39,18 @@ local function choose(keys, book, operation, absolute, relative)
   if #operation.affinity > 0 then
     local bound = math.max(lowest + absolute, lowest * relative)
     for _, rid in ipairs(operation.affinity) do
-      local account = not excluded[rid] and book.accounts[rid]
-      local place = account and account.at and places[account.at]
+      local place = not excluded[rid] and places[book.at[rid]]
       if place and place < 4e15 and place <= bound then
         return rid
       end
     end
   end
-  return names[ties[operation.random % count + 1]]
+  local number = operation.random % count + 1
+  if number > known then
+    while fresh[from] ~= ties[number] do
+      from = from + 1
+    end
+    loose[#loose + 1] = table.remove(fresh, from)
+  end
+  return names[ties[number]]
 end
