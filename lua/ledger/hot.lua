@@ -53,7 +53,8 @@ local known = redis.call('ZSCORE', px, proxy)
 local before, held = holdings(lease, batch)
 local book = opened(keys, batch, held)
 
-for index, operation in ipairs(batch) do
+for index = 1, #batch do
+  local operation = batch[index]
   local verb, mine, wanted = operation.verb, held[operation.request], operation.rid
   local rid, cost = lease_of(mine)
   if verb == 'A' and rid and not operation.excluded[rid] then
@@ -69,7 +70,7 @@ for index, operation in ipairs(batch) do
         or choose(keys, book, operation, absolute, relative)
     end
     local placed = wanted and string.sub(wanted, 1, 1) ~= '!'
-    local price = operation.costs[wanted] or operation.cost
+    local price = operation.costs and operation.costs[wanted] or operation.cost
     held[operation.request] = placed and wanted .. ' ' .. digits(price) or false
     if placed then
       charge(book, wanted, 1, price)
@@ -78,7 +79,7 @@ for index, operation in ipairs(batch) do
   end
 end
 settle(keys, book)
-if hold(lease, before, held) and not known then
+if hold(lease, batch, before, held) and not known then
   redis.call('ZADD', px, digits(now_ms()), proxy)
 end
 return reply

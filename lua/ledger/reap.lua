@@ -23,6 +23,7 @@
 --@include lib/whole
 --@include lib/now_ms
 --@include lib/lease_of
+--@include lib/blank
 --@include lib/accounts
 --@include lib/charge
 --@include lib/settle
@@ -43,10 +44,7 @@ local beat = tonumber(redis.call('ZSCORE', px, proxy) or nil)
 if beat and beat >= now_ms() - silence then
   return { 'ALIVE' }
 end
-local book = {
-  accounts = {}, places = {}, names = {}, charged = {}, rates = {},
-  total = whole(redis.call('HGET', keys.nreq, '*'), 0, 0, 1e9),
-}
+local book = blank(keys)
 local found, cursor = {}, '0'
 repeat
   local page = redis.call('HSCAN', lease, cursor, 'COUNT', string.format('%d', limit))
@@ -66,7 +64,7 @@ for index = 1, #found, 2 do
     seen[rid], rids[#rids + 1] = true, rid
   end
 end
-accounts(keys, book, rids, {})
+accounts(keys, book, rids)
 for _, request in ipairs(requests) do
   local rid, cost = lease_of(texts[request])
   if rid then

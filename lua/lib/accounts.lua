@@ -1,18 +1,22 @@
--- accounts(keys, book, rids, places): read what is outstanding on `rids` into the book. `places` are
--- their scores in `ready`; who has none can be charged, and not chosen.
-local function accounts(keys, book, rids, places)
+-- accounts(keys, book, rids): read what is outstanding on `rids`, none of which the book knows, into
+-- it. An account is a number: the same place in each of the book's lists.
+local function accounts(keys, book, rids)
   if #rids == 0 then
     return
   end
   local requests = redis.call('HMGET', keys.nreq, unpack(rids))
   local costs = redis.call('HMGET', keys.cost, unpack(rids))
   local weights = redis.call('HMGET', keys.weight, unpack(rids))
-  for index, rid in ipairs(rids) do
-    local account = { requests = requests[index], cost = costs[index], weight = weights[index] }
-    if places[index] then
-      account.at = #book.places + 1
-      book.places[account.at], book.names[account.at] = tonumber(places[index]), rid
+  if #book.names == 0 then
+    book.names, book.requests, book.costs, book.weights = rids, requests, costs, weights
+  end
+  local known = book.names == rids and 0 or #book.names
+  for index = 1, #rids do
+    local account = known + index
+    book.at[rids[index]] = account
+    if known > 0 then
+      book.names[account], book.requests[account] = rids[index], requests[index]
+      book.costs[account], book.weights[account] = costs[index], weights[index]
     end
-    book.accounts[rid] = account
   end
 end

@@ -1,15 +1,17 @@
--- hold(lease, before, held): write what requests hold now, request → "rid cost" or false, where it
--- differs from `before`; tell whether anything is held that was not.
-local function hold(lease, before, held)
+-- hold(lease, batch, before, held): write what the requests of a batch hold now, request → "rid
+-- cost" or false, where it differs from `before`; tell whether anything is held that was not.
+local function hold(lease, batch, before, held)
   local set, gone = {}, {}
-  for request, text in pairs(held) do
-    if text ~= before[request] then
-      if text then
-        set[#set + 1] = request
-        set[#set + 1] = text
-      else
-        gone[#gone + 1] = request
-      end
+  for index = 1, #batch do
+    local request = batch[index].request
+    local text = held[request]
+    -- The same request may come again: its first time settles it.
+    held[request] = nil
+    if text and text ~= before[index] then
+      set[#set + 1] = request
+      set[#set + 1] = text
+    elseif text == false and before[index] then
+      gone[#gone + 1] = request
     end
   end
   if #set > 0 then

@@ -1,13 +1,13 @@
--- holdings(lease, batch): what the requests of a batch hold, request → "rid cost", or false; twice,
--- because one of them will change.
+-- holdings(lease, batch): what the requests of a batch hold, "rid cost" or false: in the batch's
+-- order, and by request.
 local function holdings(lease, batch)
-  local before, held, requests = {}, {}, {}
-  for index, operation in ipairs(batch) do
-    requests[index] = operation.request
+  local requests, held = {}, {}
+  for index = 1, #batch do
+    requests[index] = batch[index].request
   end
-  local found = #requests > 0 and redis.call('HMGET', lease, unpack(requests)) or {}
-  for index, request in ipairs(requests) do
-    before[request], held[request] = found[index], found[index]
+  local before = #requests > 0 and redis.call('HMGET', lease, unpack(requests)) or {}
+  for index = 1, #requests do
+    held[requests[index]] = before[index]
   end
   return before, held
 end

@@ -1,16 +1,11 @@
 -- opened(keys, batch, held): the book of a batch: every replica that it names, and, if it reserves,
--- as many of the lowest scores as it may need, with what is outstanding on them. Of equally idle
+-- as many of the lowest scores as it needs, with what is outstanding on them. Of equally idle
 -- replicas that are more than that, a part that begins anywhere, so that each may be chosen.
---@include lib/whole
+--@include lib/blank
 --@include lib/lease_of
 --@include lib/accounts
---@include lib/page
 local function opened(keys, batch, held)
-  local book = {
-    accounts = {}, places = {}, names = {}, ties = {}, charged = {}, rates = {}, rank = 0, limit = 0,
-    total = whole(redis.call('HGET', keys.nreq, '*'), 0, 0, 1e9),
-  }
-  local rids, seen, reserves, random = {}, {}, 0, 0
+  local book, rids, seen, reserves, random = blank(keys), {}, {}, 0, 0
   local function name(rid)
     if rid and not seen[rid] then
       seen[rid] = true
@@ -21,29 +16,40 @@ local function opened(keys, batch, held)
     local mine = held[operation.request]
     name(mine and lease_of(mine))
     name(operation.rid)
-    for _, rid in ipairs(operation.affinity) do
-      name(rid)
-    end
     if operation.verb == 'A' then
       reserves, random = reserves + 1 + operation.tries, random + operation.random
+      for _, rid in ipairs(operation.affinity) do
+        name(rid)
+      end
     end
   end
-  local places = {}
-  if #rids > 0 and reserves > 0 then
-    places = redis.call('ZMSCORE', keys.ready, unpack(rids))
-  end
-  accounts(keys, book, rids, places)
   if reserves > 0 then
+    local places = #rids > 0 and redis.call('ZMSCORE', keys.ready, unpack(rids)) or {}
+    for account = 1, #places do
+      book.places[account] = places[account] and tonumber(places[account])
+      book.loose[account] = account
+    end
     local size = math.min(80, reserves)
     local first = redis.call('ZRANGE', keys.ready, '0', '0', 'WITHSCORES')[2]
     local ties = first and redis.call('ZCOUNT', keys.ready, first, first) or 0
-    if ties > size then
-      book.rank = random % ties
+    local from = ties > size and random % ties or 0
+    local to = ties > size and math.min(ties, from + size) or size
+    local found = redis.call('ZRANGE', keys.ready, string.format('%d', from),
+      string.format('%d', to - 1), 'WITHSCORES')
+    for index = 1, #found, 2 do
+      local rid = found[index]
+      if not seen[rid] then
+        rids[#rids + 1] = rid
+        book.places[#rids] = tonumber(found[index + 1])
+        book.fresh[#book.fresh + 1] = #rids
+      end
     end
-    page(keys, book, size)
     if ties > size then
-      book.rank, book.limit = 0, tonumber(first)
+      book.spread, book.limit = true, tonumber(first)
+    else
+      book.rank, book.limit = size, #found == 2 * size and tonumber(found[#found])
     end
   end
+  accounts(keys, book, rids)
   return book
 end

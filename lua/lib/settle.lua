@@ -6,13 +6,14 @@ local function settle(keys, book)
     return
   end
   local places, requests, costs, idle = {}, {}, {}, {}
-  for index, rid in ipairs(book.charged) do
-    local account = book.accounts[rid]
-    places[2 * index - 1], places[2 * index] = digits(account.place), rid
-    if account.requests > 0 then
+  for index = 1, #book.charged do
+    local account = book.charged[index]
+    local rid, outstanding = book.names[account], book.requests[account]
+    places[2 * index - 1], places[2 * index] = digits(book.scores[account]), rid
+    if outstanding > 0 then
       local next = #requests + 1
-      requests[next], requests[next + 1] = rid, digits(account.requests)
-      costs[next], costs[next + 1] = rid, digits(account.cost)
+      requests[next], requests[next + 1] = rid, digits(outstanding)
+      costs[next], costs[next + 1] = rid, digits(book.costs[account])
     else
       idle[#idle + 1] = rid
     end

@@ -19,7 +19,7 @@ RUNS = {"redis": 80, "valkey": 60, "cluster": 60, "fake": 10}
 STEPS = 120
 
 MUTATIONS = {
-    "release keeps the cost": ("lib/charge", "account.cost + cost)", "account.cost)"),
+    "release keeps the cost": ("lib/charge", "costs + cost", "costs"),
     "release keeps the count": ("ledger/hot", "rid, -1, -cost", "rid, 0, -cost"),
     "a known request gets a second place": (
         "ledger/hot",
@@ -28,15 +28,20 @@ MUTATIONS = {
     ),
     "a batch does not see what it did": (
         "lib/charge",
-        "book.places[account.at] = account.place",
-        "account.at = account.at",
+        "    book.places[account] = place",
+        "    book.scores[account] = place",
     ),
     "a lower score that was not read is overlooked": (
         "lib/choose",
         "or not page(keys, book, 64)",
         "or count > 0 or not page(keys, book, 64)",
     ),
-    "exclusions are ignored": ("lib/choose", "and not excluded[names[index]]", ""),
+    "exclusions are ignored": ("lib/choose", "and not excluded[names[account]]", ""),
+    "exclusions are ignored among the unnamed": (
+        "lib/choose",
+        "while fresh[from] and excluded[names[fresh[from]]] do",
+        "while false do",
+    ),
     "a full replica is chosen": ("lib/choose", ">= 4e15", ">= 9e15"),
     "the cap is one too high": ("lib/score", "requests >= rate.cap", "requests > rate.cap"),
     "throughput is ignored": ("lib/score", "cost * rate.inverse", "cost * 1000"),
@@ -52,15 +57,15 @@ MUTATIONS = {
         "rid",
     ),
     "the model's cap is ignored": ("ledger/hot", "book.total >= max_requests", "false"),
-    "affinity has no bound": ("lib/choose", "done < least", "done < math.huge"),
+    "affinity has no bound": ("lib/prefer", "done < least", "done < math.huge"),
     "affinity ignores the cost there": (
-        "lib/choose",
-        "place + operation.costs[rid] * token_score(keys.weight, rid)",
+        "lib/prefer",
+        "place + operation.costs[rid] * inverse",
         "place",
     ),
     "affinity ignores the cost elsewhere": (
-        "lib/choose",
-        "bound + operation.cost * token_score(keys.weight, idlest)",
+        "lib/prefer",
+        "bound + operation.cost * rates(book.weights[idlest], book.rates).inverse",
         "bound",
     ),
     "a candidate is charged the cost elsewhere": (
@@ -86,8 +91,8 @@ MUTATIONS = {
     ),
     "ties go to a worse replica": (
         "lib/choose",
-        "if place < lowest then",
-        "if place + 1e6 < lowest then",
+        "places[fresh[from]] < lowest then",
+        "places[fresh[from]] + 1e6 < lowest then",
     ),
 }
 

@@ -32,7 +32,7 @@ LEDGER = {
     # the scripts
     "release keeps the count": Mutation("ledger/hot", "rid, -1, -cost", "rid, 0, -cost"),
     "release gives back twice": Mutation("ledger/hot", "rid, -1, -cost", "rid, -2, -2 * cost"),
-    "release keeps the cost": Mutation("lib/charge", "account.cost + cost)", "account.cost)"),
+    "release keeps the cost": Mutation("lib/charge", "costs + cost", "costs"),
     "what moves stays counted where it was": Mutation(
         "ledger/hot", "if rid then", "if rid and verb == 'R' then"
     ),
