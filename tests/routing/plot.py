@@ -10,7 +10,7 @@ from tests.routing.run import Outcome
 
 LABELS_PX: Final = 230
 PANEL_PX: Final = 200
-GAP_PX: Final = 62
+GAP_PX: Final = 74
 ROW_PX: Final = 22
 HEAD_PX: Final = 58
 MARGIN_PX: Final = 16

@@ -2,7 +2,8 @@
 
 Two things are known without asking anybody. A proxy remembers where it sent which prefix. And every
 proxy sends a prefix that it has not seen to the same home (see `homes`), so that what one of them
-sent there, others find.
+sent there, others find. How much of a prompt a home is expected to hold follows from how much of
+its prompts this proxy has sent before: where nothing comes again, nothing is expected.
 
 A prefix that this proxy has sent to several replicas is *widespread*, such as a system prompt that
 all conversations begin with: it is taken to be everywhere, draws to no replica, and the home is
@@ -23,8 +24,12 @@ MEMORY: Final = 1 << 15
 WIDESPREAD: Final = 4
 """So many replicas make a prefix widespread (or all of them, where there are fewer)."""
 CANDIDATES: Final = 3
-EXPECTED: Final = 0.5
-"""The share of a prompt that its home is expected to hold where this proxy knows nothing better."""
+REACH: Final = 3.0
+"""A home is expected to hold so many times the share of a prompt that this proxy itself has usually
+sent before: others have sent there what it cannot know."""
+MOST: Final = 0.75
+"""Never is a larger share expected."""
+_SMOOTHING: Final = 0.02
 
 
 class Offer(NamedTuple):
@@ -42,14 +47,13 @@ class Affinity:
         self,
         candidates: int = CANDIDATES,
         widespread: int = WIDESPREAD,
-        expected: float = EXPECTED,
     ) -> None:
         self.homes = Homes()
         self._ready: frozenset[str] = frozenset()
         self._seen: dict[int, tuple[str, ...]] = {}
         self._candidates = candidates
         self._widespread = widespread
-        self._expected = expected
+        self._known_share = 0.0
 
     @property
     def remembered(self) -> int:
@@ -87,11 +91,26 @@ class Affinity:
         ]
         elsewhere_tokens = whole_tokens - everywhere_tokens
         if at + 1 < len(digests):
+            new_bytes = size_bytes - (CUTS[at] if at >= 0 else 0)
+            self._learn(held, size_bytes - new_bytes, new_bytes)
             new_tokens = prompt_tokens - everywhere_tokens
-            home_tokens = elsewhere_tokens - int(new_tokens * self._expected)
+            home_tokens = elsewhere_tokens - int(new_tokens * self.expected_share)
             homes = self.homes.of(digests[at + 1])
             costs += [(rid, home_tokens) for rid in homes if rid not in held]
         return Offer(elsewhere_tokens, tuple(costs[: self._candidates]))
+
+    @property
+    def expected_share(self) -> float:
+        """The share of a prompt that its home is expected to hold, where nothing better is known.
+
+        Where prompts share nothing it is 0, and affinity changes nothing.
+        """
+        return min(MOST, REACH * self._known_share)
+
+    def _learn(self, held: Mapping[str, int], everywhere_bytes: int, new_bytes: int) -> None:
+        """Learn from a prompt how much of its new part this proxy has sent before."""
+        known_bytes = CUTS[next(iter(held.values()))] - everywhere_bytes if held else 0
+        self._known_share += _SMOOTHING * (known_bytes / new_bytes - self._known_share)
 
     def placed(self, prefix: Prefix, rid: str) -> None:
         """Remember that a request was sent to `rid`."""

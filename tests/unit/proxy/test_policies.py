@@ -183,6 +183,26 @@ def _first_beyond(prefix: affinity.Prefix, size_bytes: int) -> int:
     return prefix.digests[sum(cut <= size_bytes for cut in CUTS)]
 
 
+def test_what_a_home_may_hold_is_learned() -> None:
+    """Where conversations go on, a home is expected to hold a part; where nothing recurs, none."""
+    proxy = Affinity()
+    proxy.update(FLEET)
+    unseen = prefix_of(conversation(5000, 4))
+    for seed in range(100):
+        for turns in (1, 3):
+            prefix = prefix_of(conversation(seed, turns))
+            proxy.offer(prefix, 5000, 0)
+            proxy.placed(prefix, "m-0001")
+    offer = proxy.offer(unseen, 6000, 0)
+    assert 0.2 < proxy.expected_share <= affinity.MOST
+    assert all(cost < 0.8 * offer.cost_tokens for _, cost in offer.candidates)
+    for seed in range(1000, 1400):
+        proxy.offer(prefix_of(conversation(seed, 1)), 1500, 0)
+    assert proxy.expected_share < 0.01
+    offer = proxy.offer(unseen, 6000, 0)
+    assert all(cost > 0.98 * offer.cost_tokens for _, cost in offer.candidates)
+
+
 def test_a_replica_that_left_is_no_candidate() -> None:
     """What was sent to a replica that is no longer READY is forgotten for as long."""
     proxy = Affinity()
