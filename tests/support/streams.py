@@ -40,6 +40,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     tries: int
     ttft_s: float
     total_s: float
+    ended_s: float
+    """When it had ended, on the monotonic clock."""
     detail: str = ""
 
 
@@ -129,6 +131,8 @@ class Load:
         """Requests that are in flight."""
         self.streaming = 0
         """Requests whose answer has begun and not ended."""
+        self.asked: Counter[int] = Counter()
+        """Port → requests that are in flight at that proxy now."""
         self.cut_off = 0
         """Tries whose connection ended before a byte of the answer came."""
 
@@ -250,11 +254,13 @@ class Load:
                 tries=tries,
                 ttft_s=first_s - began_s,
                 total_s=now_s - began_s,
+                ended_s=now_s,
                 detail=detail,
             )
 
     async def _try(self, port: int, user: int) -> "tuple[_Connection | None, Outcome, str]":
         connection: _Connection | None = None
+        self.asked[port] += 1
         try:
             async with asyncio.timeout(self._timeout_s):
                 connection = await self._connection(port)
@@ -269,6 +275,8 @@ class Load:
             if connection is not None:
                 connection.close()
             raise
+        finally:
+            self.asked[port] -= 1
         outcome, detail = self._judge(user, connection)
         if connection.lost is not None:
             detail = f"{detail}: {connection.lost!r}"
