@@ -19,6 +19,7 @@ import msgspec
 
 from tests.bench.baseline import Baseline, renewed
 from tests.bench.judging import YARDSTICK, Measure
+from tests.bench.ledger import measure_ledger
 from tests.bench.machine import BenchError, Cores, describe, raise_file_limit
 from tests.bench.measuring import measure_workload
 from tests.bench.peers import PROGRAMS, installed
@@ -30,7 +31,9 @@ from tests.bench.workloads import WORKLOADS, Workload
 BASELINE: Final = Path(__file__).with_name("baseline.json")
 PLOTS: Final = Path("docs/performance")
 
-NOT_HTTP: Final[Mapping[str, Callable[[Path, Cores, int | None], Awaitable[Judged]]]] = {}
+NOT_HTTP: Final[Mapping[str, Callable[[Path, Cores, int | None], Awaitable[Judged]]]] = {
+    "reserve": measure_ledger
+}
 """Workloads that ask no server over HTTP, by name: each has a folder of its own, and the rounds
 that were asked for. They come after the others."""
 
