@@ -103,7 +103,7 @@ class Affinity:
     def expected_share(self) -> float:
         """The share of a prompt that its home is expected to hold, where nothing better is known.
 
-        Where prompts share nothing it is 0, and affinity changes nothing.
+        Where prompts share nothing it is 0.
         """
         return min(MOST, REACH * self._known_share)
 
