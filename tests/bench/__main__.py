@@ -55,16 +55,16 @@ def servers(asked: Sequence[str] | None) -> list[str]:
 
 
 def workloads(asked: Sequence[str] | None, seconds: float | None) -> list[Workload]:
-    """Give the workloads to run, and say which of them this machine does not allow."""
+    """Give the workloads to run, and say which of them this machine allows in part only."""
     wanted = [WORKLOADS[name] for name in chosen(asked, WORKLOADS)]
     files = raise_file_limit(max((each.files for each in wanted), default=0))
-    for each in wanted:
-        if each.files > files:
+    able = [each.fitting(files) for each in wanted]
+    for each, whole in zip(able, wanted, strict=True):
+        if each != whole:
             print(
-                f"{each.name} needs {each.files} open files, and {files} are allowed "
-                f"(ulimit -Hn {each.files}, as root): measuring without it"
+                f"{each.name}: {each.users:,} at once instead of {whole.users:,}: a proxy has two "
+                f"open files for each, and {files:,} are allowed (ulimit -Hn {whole.files})"
             )
-    able = [each for each in wanted if each.files <= files]
     if seconds is None:
         return able
     return [msgspec.structs.replace(each, seconds=seconds) for each in able]

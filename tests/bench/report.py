@@ -84,7 +84,8 @@ def table(outcome: Outcome) -> str:
     )
     rounds = max(len(each) for each in outcome.runs.values())
     times = "1 round" if rounds == 1 else f"medians of {rounds} rounds"
-    lines = [f"\n{workload.name}: {workload.says}; {times}; times in ms", _row(head)]
+    says = workload.says.format(users=f"{workload.users:,}")
+    lines = [f"\n{workload.name}: {says}; {times}; times in ms", _row(head)]
     lines += [_row(_cells(each, outcome.runs)) for each in outcome.figures]
     lines += [line for line in [pair_weighs(workload, outcome.runs)] if line]
     lines += [

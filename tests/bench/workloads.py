@@ -12,6 +12,7 @@ from tests.bench.machine import BenchError, Cores, build, process
 
 REPLICAS: Final = 4
 DRAIN_S: Final = 30.0
+OWN_FILES: Final = 200
 
 
 class Workload(msgspec.Struct, frozen=True, kw_only=True):
@@ -23,7 +24,7 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     says: str
-    """What it is, in a few words for a person."""
+    """What it is, in a few words for a person; `{users}` stands for their number."""
     unit: str = "token"
     """What CPU time is divided by: `request` or `token`."""
     users: int
@@ -45,7 +46,11 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def files(self) -> int:
         """How many files a proxy has open under this load, with room for its own."""
-        return 2 * self.users + 2000
+        return 2 * self.users + OWN_FILES
+
+    def fitting(self, files: int) -> "Workload":
+        """Give this load with as many users as `files` open files allow."""
+        return msgspec.structs.replace(self, users=min(self.users, (files - OWN_FILES) // 2))
 
     def warm_up(self) -> "Workload":
         """Give a short, small load of this kind."""
@@ -63,7 +68,7 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
 _ALL: Final = (
     Workload(
         name="unary",
-        says="64 users, whole answers of one token at once",
+        says="{users} users, whole answers of one token at once",
         unit="request",
         users=64,
         tokens=1,
@@ -72,7 +77,7 @@ _ALL: Final = (
     ),
     Workload(
         name="stream",
-        says="200 users, streams of 64 tokens each 20 ms",
+        says="{users} users, streams of 64 tokens each 20 ms",
         users=200,
         tokens=64,
         ramp_s=1.3,
@@ -80,7 +85,7 @@ _ALL: Final = (
     ),
     Workload(
         name="saturate",
-        says="1,000 users, streams of 64 tokens each 20 ms: more than one core can do",
+        says="{users} users, streams of 64 tokens each 20 ms: more than one core can do",
         users=1000,
         tokens=64,
         ramp_s=1.3,
@@ -98,7 +103,7 @@ _ALL: Final = (
     ),
     Workload(
         name="long",
-        says="10,000 streams at once, a token each second",
+        says="{users} streams at once, a token each second",
         users=10_000,
         tokens=24,
         inter_token_ms=1000.0,
