@@ -39,6 +39,7 @@ local keys = { ready = KEYS[1], weight = KEYS[2], cost = KEYS[3], nreq = KEYS[4]
 local lease, px, ver, spec = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 local proxy = ARGV[1]
 redis.call('HDEL', lease, '')
+redis.call('HDEL', keys.cost, '')
 
 local batch, bad = operations(ARGV, 2)
 if not batch then
