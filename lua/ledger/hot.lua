@@ -15,8 +15,7 @@
 -- ARGV 1+
 --   1 proxy: name
 --   then, up to 64 times, one of
---   A request cost(tokens) random(integer) naffinity nexclude pair.. exclude..
---     where pair is a replica that affinity prefers, and the cost(tokens) there
+--   A request cost(tokens) random(integer) naffinity nexclude (rid cost-there(tokens)).. exclude..
 --   R request
 --   D request rid cost(tokens)
 -- RETURN
