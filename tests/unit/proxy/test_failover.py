@@ -249,7 +249,7 @@ async def test_full_replicas() -> None:
     async with Engine(gated) as engine, Rig(engine) as rig:
         rig.change(msgspec.structs.replace(rig.replicas[0], max_requests=1))
         calls = [asyncio.create_task(rig.chat()) for _ in range(3)]
-        await wait_until(lambda: rig.served.room.waiting == 2)
+        await wait_until(lambda: rig.served.room.waiting == 2 and engine.seen)
         assert len(engine.seen) == 1
         go.set()
         assert [(await call).status_code for call in calls] == [200] * 3
