@@ -2,8 +2,9 @@
 
 Each model is beaten for once a second. A beat returns how many reservations Redis holds for this
 proxy; when that differs from the live requests by more than what is under way, when Redis had
-forgotten this proxy, when operations were lost, and every 30 s in any case, the leases are read
-and compared; a lost operation may still arrive late, so comparing goes on for some seconds. Every
+forgotten this proxy, when a beat or operations were lost, when Redis shows an older version than it
+did, and every 30 s in any case, the leases are read and compared; a lost operation may still arrive
+late, so comparing goes on for some seconds. Every
 30 s the model's totals are worked out anew from all leases, in case somebody changed them by hand.
 Peers that have been silent for long are reaped on the way.
 """
@@ -92,6 +93,8 @@ class Beats:
         try:
             beat = await self._ledger.beat(served.model, self._proxy, served.room.waiting)
         except RegistryError:
+            # Whoever answers next may have forgotten something, and counts can be equal by chance.
+            reservations.dirty = True
             if breaker.errored(self._fleet.now_s()):
                 reservations.opened()
             return
@@ -103,6 +106,8 @@ class Beats:
             reservations.opened()
         if not served.table.knows(beat.ver):
             self._fleet.saw_version(served.model)
+            if beat.ver < served.table.ver:  # it has forgotten this, so it may have forgotten more
+                reservations.dirty = True
         if breaker.open:
             return
         await self._keep_true(served, beat, now_s)

@@ -1,5 +1,7 @@
 """The end of a proxy on real processes: told to end it breaks nothing, killed only what it had.
 
+And its likeness: a proxy that stands still for so long that it is given up, and goes on.
+
 One proxy or two share a Redis and two simulated engines; nobody restarts them. Each test prints
 what it measured.
 """
@@ -9,7 +11,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,12 @@ DELAY_S = 1.5
 STREAM_S = TOKENS * STEP_MS / 1000
 REAPED_S = 7.0
 """Silent for 5 s, then suspect for 2 s."""
+BEAT_S = 1.2
+"""At most, with its jitter."""
+CLEAN_S = 10.0
+"""From the end of a fault until an audit begins that finds nothing."""
+FROZEN_TOKENS = 450
+"""Of streams that begin before a freeze and end after it: eighteen seconds."""
 SLACK_S = 2.5
 """Beats of about a second on either side of it, on a busy machine."""
 
@@ -66,9 +74,9 @@ class Site:
         return Load(ports, MODEL, max_tokens=max_tokens, patience_s=5)
 
     @contextlib.asynccontextmanager
-    async def long_streams(self) -> AsyncGenerator[Load]:
-        """Have 50 streams on their way that take longer than any test."""
-        load = self.load(max_tokens=2000)
+    async def long_streams(self, max_tokens: int = 2000) -> AsyncGenerator[Load]:
+        """Have 50 streams on their way, which by default take longer than any test."""
+        load = self.load(max_tokens=max_tokens)
         async with asyncio.TaskGroup() as group:
             for user in range(STREAMS):
                 group.create_task(load.ask(user))
@@ -271,6 +279,59 @@ async def test_a_killed_proxy_loses_its_own_streams_and_nothing_else(
     assert {r.port for r in load.results if r.outcome is Outcome.RESET} <= {pair.ending.port}
     audit = await asyncio.to_thread(redmesh, "audit", "--redis-url", redis_server.url)
     assert audit.code == 0, audit
+
+
+async def test_a_proxy_that_stood_still_takes_its_reservations_again(
+    pair: Site, redis_server: RedisServer
+) -> None:
+    """SIGSTOP: it is reaped like a dead one. SIGCONT: its first beat adopts what it still relays.
+
+    Its clients saw a pause. Not one stream breaks, neither on it nor on the other one.
+    """
+    ledger = pair.registry.ledger
+    async with pair.long_streams(FROZEN_TOKENS) as load:
+        (frozen,) = await _proxies_but(pair, *pair.staying)
+
+        async def held() -> set[str]:
+            return set(await ledger.leases(MODEL, frozen))
+
+        async def carried() -> set[str]:
+            live = await pair.ending.get("/live/requests")
+            return set(live.json()["requests"][MODEL]) if live else set()
+
+        before = await carried()
+        assert len(before) == STREAMS / 2
+        await wait_until(lambda: _equal(held(), before), what="all are reserved")
+        os.kill(pair.ending.pid, signal.SIGSTOP)
+        began_s = time.monotonic()
+        try:
+
+            async def reaped() -> bool:
+                return frozen not in await ledger.proxies(MODEL) and not await held()
+
+            await wait_until(reaped, timeout_s=REAPED_S + SLACK_S, what="it is reaped")
+            reaped_s = time.monotonic() - began_s
+        finally:
+            os.kill(pair.ending.pid, signal.SIGCONT)
+        thawed_s = time.monotonic()
+        await wait_until(
+            lambda: _equal(held(), before), timeout_s=BEAT_S, interval_s=0.01, what="adopted again"
+        )
+        adopted_s = time.monotonic() - thawed_s
+        assert await carried() == before, "the streams went on meanwhile"
+        audited_s = time.monotonic() - thawed_s
+        audit = await asyncio.to_thread(redmesh, "audit", "--redis-url", redis_server.url)
+        assert audit.code == 0, audit
+        assert audited_s < CLEAN_S, "nobody knows what an earlier audit would have found"
+    report = load.report()
+    told("SIGSTOP, SIGCONT", report, reaped=reaped_s, adopted=adopted_s, audited=audited_s)
+    assert reaped_s > REAPED_S - 2.0, "it must not be believed dead too early"
+    assert (report.ok, report.count) == (STREAMS, STREAMS), report
+    await wait_until(lambda: _is_zero(pair.reserved()), what="no reservation is left")
+
+
+async def _equal(found: Awaitable[set[str]], wanted: set[str]) -> bool:
+    return await found == wanted
 
 
 async def _proxies_but(pair: Site, one: ProxyProcess) -> list[str]:

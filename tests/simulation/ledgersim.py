@@ -81,6 +81,12 @@ class Proxy:
         table = fleet.tables.get(MODEL) if fleet is not None else None
         return fleet.of(table) if fleet is not None and table is not None else None
 
+    @property
+    def known(self) -> Served | None:
+        """The model, if it was served already: only within its loop it can begin to be."""
+        served = self.fleet._served if self.fleet is not None else {}  # pyright: ignore[reportPrivateUsage] - looks inside
+        return served.get(MODEL)
+
     def registry(self, *, hot: bool) -> Registry:
         """Open a registry over the simulated network."""
         client = Client(self._sim.redis, self.process, self.link, hot=hot)
@@ -270,7 +276,11 @@ class LedgerSim(Watch):
         self.max_requests = self.random.choice((4, 60, 100_000))
         self.dead_replicas: set[str] = set()
         self.frozen: dict[str, Proxy] = {}
-        self.beaten_s: dict[str, float] = {}
+        self._beaten: dict[str, tuple[float, float | None]] = {}
+        """Proxy → when its last beat was executed, and how Redis noted it."""
+        self._answering: Node | None = None
+        self._read_s: dict[str, float] = {}
+        """Proxy → when it first read what there is: from then on it beats."""
         self.versions = Versions("version")
         self.keys = KEYS.model(MODEL)
         self.keeper = Keeper(self)
@@ -291,8 +301,12 @@ class LedgerSim(Watch):
             return
         script = self.script(command)
         args = command[3 + int(command[2]) :]
+        if node is not self._answering:
+            self._forget(node)
+        if script == "replica/snapshot":
+            self._read_s.setdefault(client.process.name, self.timeline.now_s)
         if script.startswith("ledger/"):
-            self._owner(script, client, args, cast("list[Any]", reply))
+            self._owner(node, script, client, args, cast("list[Any]", reply))
         ledger_sums(node.store, self.keys)
         self.versions.seen(id(node), node.store.text(self.keys.ver))
 
@@ -300,17 +314,27 @@ class LedgerSim(Watch):
         """Name the script of a command."""
         return self.host.name_of(command)
 
-    def _owner(self, script: str, client: Client, args: Command, reply: list[Any]) -> None:
+    def _forget(self, node: Node) -> None:
+        """Forget the beats that a new primary does not know: to it, those proxies were silent."""
+        self._answering = node
+        noted = node.store.zset(self.keys.px)
+        self._beaten = {
+            name: beaten for name, beaten in self._beaten.items() if noted.get(name) == beaten[1]
+        }
+
+    def _owner(
+        self, node: Node, script: str, client: Client, args: Command, reply: list[Any]
+    ) -> None:
         now_s = self.timeline.now_s
         if script == "ledger/beat":
-            self.beaten_s[args[0]] = now_s
+            self._beaten[args[0]] = (now_s, node.store.zset(self.keys.px).get(args[0]))
         elif script == "ledger/suspects":
             for name in reply[1:]:
                 # The worst moment to come back: between being named and being reaped.
                 if name.decode() in self.frozen and self.random.random() < 0.5:
                     self.frozen[name.decode()].process.frozen = False
         elif script == "ledger/reap" and reply[0] == b"OK" and reply[1]:
-            silent_s = now_s - self.beaten_s.get(args[0], -1e9)
+            silent_s = now_s - self._beaten.get(args[0], (-1e9, None))[0]
             if silent_s < GRACE_S:
                 raise BrokenError(
                     f"{client.name} reaped {args[0]}, which beat {silent_s:.3f} s ago"
@@ -318,7 +342,7 @@ class LedgerSim(Watch):
 
     def drift(self, proxy: Proxy) -> str | None:
         """Say what the ledger has wrong of a proxy, apart from what is under way."""
-        served = proxy.served
+        served = proxy.known
         leases = self._leases(proxy.name)
         if served is None:
             return None
@@ -382,7 +406,13 @@ class LedgerSim(Watch):
         )
 
     def _true(self) -> None:
-        """Two beats after the last fault the ledger equals the live requests, and stays equal."""
+        """Two beats after the last fault the ledger equals the live requests, and stays equal.
+
+        A proxy that was started within it has not beaten yet, and gets two beats of its own.
+        """
+        now_s = self.timeline.now_s
         for proxy in self.alive():
+            if now_s - self._read_s.get(proxy.name, now_s) < TWO_BEATS_S:
+                continue
             if wrong := self.drift(proxy):
                 raise BrokenError(f"{self.timeline.now_s:.3f} s: {wrong}")

@@ -11,13 +11,13 @@ import asyncio
 import contextlib
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from enum import StrEnum
 from typing import Final, cast
 
 import msgspec
 
-from tests.support.verdicts import Outcome, dechunked, judge, text_of
+from tests.support.verdicts import Asked, Outcome, dechunked, judge, told
 
 _END_OF_CHUNKS: Final = b"\r\n0\r\n\r\n"
 _RETRY_PAUSE_S: Final = 0.1
@@ -95,7 +95,8 @@ def percentile(values: Sequence[float], percent: int) -> float:
 class Load:
     """Chat streams of `max_tokens` tokens against the proxies on `ports`.
 
-    They are ports of this machine, except those for which `hosts` names another address.
+    With `asks`, each user asks what that says instead. The proxies are on ports of this machine,
+    except those for which `hosts` names another address.
 
     A client keeps to its proxy and its connection as long as both work. When the proxy goes away
     before the first byte, it asks another one, for up to `patience_s`; midway it does not, for
@@ -112,8 +113,10 @@ class Load:
         patience_s: float = 10.0,
         hosts: Mapping[int, str] | None = None,
         compares: bool = True,
+        asks: Callable[[int], Asked] | None = None,
     ) -> None:
         self._compares = compares
+        self._asks = asks or self._usual
         self._ports = tuple(ports)
         self._hosts = dict(hosts or {})
         self._model = model
@@ -122,8 +125,8 @@ class Load:
         self._patience_s = patience_s
         self._idle: dict[int, list[_Connection]] = defaultdict(list)
         self._results: list[Result] = []
-        self._texts: dict[int, int] = {}
-        """User → hash of the text of its answers."""
+        self._told: dict[int, int] = {}
+        """User → hash of what its answers tell."""
         self._cpu_s = time.process_time()
         self.reads = 0
         """Times that a part of an answer arrived."""
@@ -288,12 +291,13 @@ class Load:
 
     def _judge(self, user: int, connection: "_Connection") -> tuple[Outcome, str]:
         body = connection.body
-        outcome, detail = judge(connection.status, body, self._max_tokens)
+        asked = self._asks(user)
+        outcome, detail = judge(connection.status, body, asked.tokens, asked.finish)
         if self._compares and outcome is Outcome.OK and body is not None:
-            # Greedy and each time the same question: whatever happens, there is one answer.
-            text = text_of(body)
-            if self._texts.setdefault(user, hash(text)) != hash(text):
-                return Outcome.DIFFERENT, f"not as before: {text[:200]!r}"
+            # Exact and each time the same question: whatever happens, there is one answer.
+            said = told(body)
+            if self._told.setdefault(user, hash(said)) != hash(said):
+                return Outcome.DIFFERENT, f"not as before: {said.text[:200]!r} {said.rest[:200]}"
         return outcome, detail
 
     async def _connection(self, port: int) -> "_Connection":
@@ -307,16 +311,21 @@ class Load:
         )
         return made
 
-    def _request(self, user: int) -> bytes:
+    def _usual(self, user: int) -> Asked:
         body = (
             b'{"model":"%b","stream":true,"max_tokens":%d,"ignore_eos":true,"temperature":0,'
             b'"stream_options":{"include_usage":true},'
             b'"messages":[{"role":"user","content":"User %d asks what a mesh is."}]}'
             % (self._model.encode(), self._max_tokens, user)
         )
+        return Asked(body=body, tokens=self._max_tokens)
+
+    def _request(self, user: int) -> bytes:
+        asked = self._asks(user)
         return (
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: mesh\r\n"
-            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+            b"POST %b HTTP/1.1\r\nHost: mesh\r\n"
+            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
+            % (asked.path.encode(), len(asked.body), asked.body)
         )
 
 

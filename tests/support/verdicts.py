@@ -6,7 +6,7 @@ truncated answer as a success.
 
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -26,7 +26,7 @@ class Outcome(StrEnum):
     TRUNCATED = "truncated"
     """A clean end without all that a success must have: the one thing that must never be seen."""
     DIFFERENT = "different"
-    """A whole answer with another text than the same user's earlier ones."""
+    """A whole answer that tells something else than the same user's earlier ones."""
     MALFORMED = "malformed"
     """Something that is not chunked SSE of JSON events."""
     TIMEOUT = "timeout"
@@ -76,20 +76,54 @@ class _Delta(msgspec.Struct, frozen=True):
     content: str | None = None
 
 
+class _Logprobs(msgspec.Struct, frozen=True):
+    content: tuple[Any, ...] = ()
+    tokens: tuple[str, ...] = ()
+    token_logprobs: tuple[float | None, ...] = ()
+    text_offset: tuple[int, ...] = ()
+
+
 class _Said(msgspec.Struct, frozen=True):
     delta: _Delta = _Delta()
+    text: str | None = None
+    logprobs: _Logprobs | None = None
+    stop_reason: str | int | None = None
 
 
-class _Text(msgspec.Struct, frozen=True):
+class _Chunk(msgspec.Struct, frozen=True):
     choices: tuple[_Said, ...] = ()
+    usage: dict[str, Any] | None = None
 
 
 _EVENT: Final = msgspec.json.Decoder(_Event)
-_TEXT: Final = msgspec.json.Decoder(_Text)
+_CHUNK: Final = msgspec.json.Decoder(_Chunk)
 
 
-def judge(status: int, body: bytes | None, tokens: int) -> tuple[Outcome, str]:
-    """Judge an answer by its status and its whole body (None if it did not come whole)."""
+class Asked(msgspec.Struct, frozen=True, kw_only=True):
+    """A request for a stream with usage, and how its answer must end."""
+
+    body: bytes
+    path: str = "/v1/chat/completions"
+    finish: str = "length"
+    tokens: int | None
+    """Of the answer; None: it is not known before."""
+
+
+class Told(NamedTuple):
+    """What a good stream says, however it was cut into chunks."""
+
+    text: str
+    rest: str
+    """Log probabilities, stop reason and usage."""
+
+
+def judge(
+    status: int, body: bytes | None, tokens: int | None, finish: str = "length"
+) -> tuple[Outcome, str]:
+    """Judge an answer by its status and its whole body (None if it did not come whole).
+
+    A good one has so many `tokens` (None: any number but none) and ends for the reason `finish`.
+    """
     if body is None:
         return Outcome.RESET, "the connection ended before the answer did"
     if status != 200:
@@ -102,19 +136,30 @@ def judge(status: int, body: bytes | None, tokens: int) -> tuple[Outcome, str]:
         events = [_EVENT.decode(line[6:]) for line in lines[: len(lines) - done]]
     except msgspec.MsgspecError as error:
         return Outcome.MALFORMED, f"{error}: {body[-200:].decode(errors='replace')}"
-    return _judge_events(events, done=done, tokens=tokens)
+    return _judge_events(events, done=done, tokens=tokens, wanted=finish)
 
 
-def text_of(body: bytes) -> str:
-    """Join the text of a chat stream that was judged to be good."""
-    return "".join(
-        choice.delta.content or ""
-        for line in body.split(b"\n\n")[:-2]
-        for choice in _TEXT.decode(line[6:]).choices
-    )
+def told(body: bytes) -> Told:
+    """Say what a stream tells that was judged to be good."""
+    text: list[str] = []
+    logprobs: list[Any] = []
+    stop_reason: str | int | None = None
+    usage: dict[str, Any] | None = None
+    for line in body.split(b"\n\n")[:-2]:
+        chunk = _CHUNK.decode(line[6:])
+        usage = chunk.usage or usage
+        for said in chunk.choices:
+            text.append(said.text or said.delta.content or "")
+            stop_reason = said.stop_reason or stop_reason
+            if (given := said.logprobs) is not None:
+                logprobs += given.content
+                logprobs += zip(given.tokens, given.token_logprobs, given.text_offset, strict=True)
+    return Told("".join(text), f"{logprobs} {stop_reason!r} {usage}")
 
 
-def _judge_events(events: Sequence[_Event], *, done: bool, tokens: int) -> tuple[Outcome, str]:
+def _judge_events(
+    events: Sequence[_Event], *, done: bool, tokens: int | None, wanted: str
+) -> tuple[Outcome, str]:
     finish, produced = None, -1
     for number, event in enumerate(events):
         if event.error is not None:
@@ -124,7 +169,8 @@ def _judge_events(events: Sequence[_Event], *, done: bool, tokens: int) -> tuple
             finish = event.choices[0].finish_reason
         if event.usage is not None:
             produced = event.usage.completion_tokens
-    if not done or finish != "length" or produced != tokens:
+    counted = produced > 0 if tokens is None else produced == tokens
+    if not done or finish != wanted or not counted:
         return (
             Outcome.TRUNCATED,
             f"finish_reason {finish}, {produced} of {tokens} tokens, [DONE] {done}",

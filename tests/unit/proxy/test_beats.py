@@ -1,5 +1,7 @@
 """Beats: the ledger is compared when it must be, repaired, and silent peers are reaped."""
 
+import pytest
+
 from services.proxy.live import Holding
 from shared.errors import RegistryUnavailableError
 from shared.models.routing import Lease
@@ -49,6 +51,26 @@ async def test_due_comparison_finds_moved_leases() -> None:
         await rig.beats.beat(rig.served)
         await wait_until(lambda: rig.ledger.held["moved"].rid == "demo-0")
         await wait_until(lambda: rig.ledger.held["costly"].cost_tokens == 10)
+
+
+@pytest.mark.parametrize("sign", ["a beat was lost", "an older version"])
+async def test_a_failover_that_forgot_shows_though_counts_are_equal(sign: str) -> None:
+    """One lease too few and one too many: whatever hints at another server has them compared."""
+    async with Rig() as rig:
+        hold(rig, "new")
+        rig.ledger.held["new"] = lease("new")
+        await rig.beats.beat(rig.served)
+        rig.ledger.held = {"ended": lease("ended")}
+        await rig.beats.beat(rig.served)
+        assert set(rig.ledger.held) == {"ended"}, "equal counts show nothing"
+        if sign == "a beat was lost":
+            rig.ledger.error = RegistryUnavailableError("away")
+            await rig.beats.beat(rig.served)
+            rig.ledger.error = None
+        else:
+            rig.ledger.ver -= 1
+        await rig.beats.beat(rig.served)
+        await wait_until(lambda: set(rig.ledger.held) == {"new"}, what="it is repaired")
 
 
 async def test_equal_means_no_repair() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.support.verdicts import Outcome, dechunked, judge
+from tests.support.verdicts import Outcome, dechunked, judge, told
 
 ROLE = b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}\n\n'
 LAST = b'data: {"choices":[{"index":0,"delta":{"content":"x"},"finish_reason":"length"}]}\n\n'
@@ -31,6 +31,33 @@ def test_a_whole_stream_is_good() -> None:
 def test_a_clean_end_is_no_proof_of_success(body: bytes) -> None:
     """A stream that ends cleanly without all that a success has is truncated."""
     assert judge(200, body, 4)[0] is Outcome.TRUNCATED
+
+
+def test_a_stream_must_end_for_the_reason_that_is_due() -> None:
+    """One that must stop is truncated at its limit, and one without a token is never good."""
+    stopped = ROLE + LAST.replace(b"length", b"stop") + USAGE + DONE
+    assert judge(200, stopped, None, "stop")[0] is Outcome.OK
+    assert judge(200, ROLE + LAST + USAGE + DONE, None, "stop")[0] is Outcome.TRUNCATED
+    nothing = stopped.replace(b'completion_tokens":4', b'completion_tokens":0')
+    assert judge(200, nothing, None, "stop")[0] is Outcome.TRUNCATED
+
+
+def test_what_is_told_does_not_depend_on_chunks() -> None:
+    """Two streams tell the same if texts, log probabilities, stop reason and usage are equal."""
+    likely = b'{"token":"%b","logprob":-0.5}'
+
+    def chunk(text: bytes, *tokens: bytes) -> bytes:
+        listed = b",".join(likely % token for token in tokens)
+        return b'data: {"choices":[{"delta":{"content":"%b"},"logprobs":{"content":[%b]}}]}\n\n' % (
+            text,
+            listed,
+        )
+
+    one = told(ROLE + chunk(b"ab", b"a", b"b") + LAST + USAGE + DONE)
+    assert told(ROLE + chunk(b"a", b"a") + chunk(b"b", b"b") + LAST + USAGE + DONE) == one
+    assert told(ROLE + chunk(b"ab", b"a") + LAST + USAGE + DONE) != one
+    assert told(ROLE + chunk(b"ab", b"a", b"b") + LAST + DONE) != one
+    assert one.text == "abx"
 
 
 @pytest.mark.parametrize("body", [ROLE + ERROR + DONE, ROLE + ERROR, ERROR + DONE])
