@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from services.cli.drill.catalogue import DRILLS
+from services.cli.drill.live import Page
 from services.cli.drill.records import Outcome, Request, Sample, Struck
 from services.cli.drill.signs import Evidence, Sign, seen
 
@@ -112,6 +113,19 @@ def test_requests_that_waited_for_the_cut_replica_show_it() -> None:
     assert not seen(Sign.LEFT, evidence(*facts, requests=[waited(1.9, 4.0), waited(3.0, 1.0)]))
     shown = seen(Sign.LEFT, evidence(*facts, requests=[waited(2.5, 4.0), waited(2.0, 5.0)]))
     assert shown == "2 waited up to 2.50 s"
+
+
+def test_proxies_count_what_goes_elsewhere() -> None:
+    """Tries and streams of the model that lost their replica, for whatever reason, are added up."""
+    page = Page(
+        'redmesh_proxy_retries_total{model="m",reason="connect"} 2.0\n'
+        'redmesh_proxy_retries_total{model="m",reason="reset"} 3.0\n'
+        'redmesh_proxy_retries_total{model="other",reason="reset"} 50.0\n'
+        'redmesh_proxy_stream_failovers_total{model="m",outcome="exact"} 4.0\n'
+        'redmesh_proxy_requests_total{model="m",outcome="2xx"} 7.0\n',
+        "m",
+    )
+    assert (page.counts.moved, page.counts.ok) == (9.0, 7.0)
 
 
 def test_what_the_injector_saw_is_told() -> None:
