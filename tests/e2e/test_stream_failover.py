@@ -38,7 +38,7 @@ STREAMS: Final = 50
 STORM_S: Final = 60.0
 LONGEST_STORM_S: Final = 180.0
 """On a slow machine an engine takes a minute to come back, and can be killed again only then."""
-KILLS: Final = 2
+KILLS: Final = 3
 
 USAGE: Final = {"stream_options": {"include_usage": True}}
 KINDS: Final[dict[str, tuple[str, dict[str, Any]]]] = {

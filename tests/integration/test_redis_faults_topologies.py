@@ -112,7 +112,7 @@ async def test_a_slot_of_the_cluster_moves(cluster: Cluster, clustered: Mesh, wh
         moved = await asyncio.to_thread(cluster.move, slot, target)
         assert moved > 0
         await trial.is_back()
-        await trial.heals()
+        await trial.heals(ledger_bound_s=FAILOVER_BOUND_S)
         assert await asyncio.to_thread(cluster.owner, slot) == target
 
 
