@@ -22,6 +22,7 @@ from redis.credentials import CredentialProvider
 
 from shared.errors import InvalidInputError
 from shared.registry.addresses import Address, Topology, parse
+from shared.registry.troubles import TROUBLES
 from shared.registry.wire import WireClient
 
 HOT_TIMEOUT_S: Final = 0.25
@@ -164,7 +165,7 @@ class _SentinelPool(  # pyright: ignore[reportIncompatibleMethodOverride] - of t
         try:
             # This closes idle connections if it is another.
             now = cast("tuple[str, int]", await cast("Any", self).get_master_address())
-        except (redis.exceptions.RedisError, OSError):
+        except TROUBLES:
             return  # who needs a connection will say so
         if before is not None and now != before:
             for connection in cast("set[Any]", self._in_use_connections):

@@ -58,8 +58,10 @@ TROUBLES: Final = (
     redis.exceptions.RedisClusterException,
     OSError,
     TimeoutError,
+    RuntimeError,
 )
-"""All that the client library raises."""
+"""All that the client library raises. A `RuntimeError` is uvloop's word for a write to a transport
+that has just been closed; the library passes it on when Redis dies while it subscribes again."""
 
 
 class Troubles:

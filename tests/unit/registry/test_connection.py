@@ -214,6 +214,7 @@ async def test_readonly_looks_for_the_primary(servers: Servers, hot: bool) -> No
         (RedisConnectionError("gone"), RegistryUnavailableError),
         (RedisClusterException("no node"), RegistryUnavailableError),
         (OSError(104, "reset"), RegistryUnavailableError),
+        (RuntimeError("the handler is closed"), RegistryUnavailableError),
         (RedisTimeoutError("late"), RegistryTimeoutError),
         (ResponseError("unknown command"), RegistryRefusedError),
         (NoPermissionError("NOPERM"), RegistryRefusedError),

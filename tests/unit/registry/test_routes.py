@@ -6,6 +6,7 @@ import signal
 from collections.abc import AsyncGenerator, AsyncIterator
 
 import pytest
+import redis.asyncio.client
 import structlog.testing
 
 from shared.models.replica import ReplicaState
@@ -86,6 +87,21 @@ async def test_cut_connection(registry: Registry, redis_server: RedisServer) -> 
         fence = await lead(registry)
         await make_ready(registry, fence, "r0")
         await wait_until(lambda: len(heard) >= 5)
+
+
+async def test_transport_closed_beneath_the_library(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What uvloop raises when Redis dies while the library subscribes again is a loss like any."""
+    async with listening(registry) as heard:
+
+        async def closed(*_args: object, **_options: object) -> None:
+            monkeypatch.undo()
+            raise RuntimeError("unable to perform operation on <TCPTransport closed=True>")
+
+        monkeypatch.setattr(redis.asyncio.client.PubSub, "get_message", closed)
+        await wait_until(lambda: len(heard) == 2, what="another reset")
+        assert isinstance(heard[1], RoutesReset)
 
 
 async def test_hung_and_dead_server(servers: Servers) -> None:
