@@ -101,6 +101,7 @@ class DirectCycle:
         "head",
         "keep_alive",
         "more_body",
+        "request_id",
         "response_complete",
         "response_started",
         "route",
@@ -127,6 +128,8 @@ class DirectCycle:
         self._chunked = False
         self.route = route
         self.head = head
+        """Perhaps that of other requests, too: it is only read."""
+        self.request_id = head.request_id
         self.began_s = began_s
         self.keep_alive = keep_alive
         self.more_body = True
@@ -156,6 +159,14 @@ class DirectCycle:
         if self.response_complete:
             return
         body, self._body = bytes(self._body), b""
+        self._begin(body)
+
+    def body_is(self, body: bytes) -> None:
+        """Begin to answer a request of which the whole body has come."""
+        self.more_body = False
+        self._begin(body)
+
+    def _begin(self, body: bytes) -> None:
         carrying = self._enter(self, body)
         if not self.response_complete:
             self._carrying = carrying
@@ -274,6 +285,21 @@ class Lane:
             return None
         return DirectCycle(
             line, route, head, self._enter, default_headers, now_s, keep_alive=keep_alive
+        )
+
+    def repeat(
+        self,
+        line: Line,
+        before: DirectCycle,
+        body: bytes,
+        default_headers: Headers,
+        now_s: float,
+    ) -> DirectCycle | None:
+        """Begin the cycle of a request whose head is that of the one `before` it."""
+        if len(body) > self._max_body_bytes:
+            return None
+        return DirectCycle(
+            line, before.route, before.head, self._enter, default_headers, now_s, keep_alive=True
         )
 
     def sweep(self, cycle: DirectCycle, now_s: float) -> None:

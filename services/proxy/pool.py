@@ -12,7 +12,7 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from services.proxy.breaker import ReplicaBreaker
-from services.proxy.upstream import Connection
+from services.proxy.upstream import Connection, Familiar
 from shared.models.replica import Replica
 from shared.secret import Secret, replica_api_key
 
@@ -46,6 +46,7 @@ class Endpoint:
         self.gen = replica.gen
         self.url = replica.url
         self.breaker = ReplicaBreaker()
+        self.familiar = Familiar()
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         self._host = parts.hostname or ""
         self._port = parts.port or (443 if self._tls else 80)

@@ -16,12 +16,15 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from services.proxy.draining import CROSSING_S, IDLE_S, Ending, Refuser
+from services.proxy.familiar import END, FamiliarHead, familiar
 from services.proxy.lane import DirectCycle, Lane
 from services.proxy.refusals import Refusal
 from services.proxy.settings import ProxySettings
 from services.proxy.upstream import BOUNDARY_HEADERS
 
 LINGER_S: Final = 30.0
+MISSES: Final = 8
+"""A client whose heads differ each time is not compared any more."""
 
 
 class _HeadTooLargeError(Exception):
@@ -45,6 +48,15 @@ class LimitedProtocol(HttpToolsProtocol):
         self._too_large = False
         self._received = self._rest = b""
         self._resuming = False
+        self._between = True
+        """The parser is at the end of a request."""
+        self._aligned = True
+        """So it was when this read came."""
+        self._begun = 0
+        """Requests that began in this read."""
+        self._familiar: FamiliarHead | None = None
+        """The head of the last request, where that was a usual one and a read by itself."""
+        self._misses = 0
         self._unanswered: deque[RequestResponseCycle | DirectCycle] = deque()
         self._idle_cycle: RequestResponseCycle | DirectCycle | None = None
         self._idle_since_s = 0.0
@@ -75,6 +87,16 @@ class LimitedProtocol(HttpToolsProtocol):
         """Parse, and measure a head of which the parser has not shown anything yet."""
         if self.half_closed_s is not None:
             return  # it crossed our end; the client sees that, and asks elsewhere
+        known = self._familiar
+        if known is not None:
+            body = known.body_of(data)
+            if body is not None and self._again(body):
+                self._misses = 0
+                return
+            self._familiar = None
+            self._misses += 1
+        self._aligned = self._between
+        self._begun = 0
         in_head = self._in_head
         self._received = data
         try:
@@ -115,6 +137,8 @@ class LimitedProtocol(HttpToolsProtocol):
         """Begin to measure a head."""
         if self._resuming:
             return
+        self._between = False
+        self._begun += 1
         self.url = b""
         self.headers = []
         self.expect_100_continue = False
@@ -202,9 +226,43 @@ class LimitedProtocol(HttpToolsProtocol):
         """Note the end of the body, unless the parser has merely stopped before it."""
         cycle = cast("RequestResponseCycle | DirectCycle", self.cycle)
         if isinstance(cycle, DirectCycle):
+            self._between = True
             cycle.body_ended()
+            if self._aligned and self._begun == 1 and self._misses < MISSES:
+                self._remember(self._received)
         elif not self.parser.should_upgrade():
+            self._between = True
             super().on_message_complete()
+
+    def _remember(self, message: bytes) -> None:
+        """Remember the head of a read, if that was one whole request."""
+        known = familiar(message[: message.find(END) + len(END)])
+        if known is not None and known.body_of(message) is not None:
+            self._familiar = known
+
+    def _again(self, body: bytes) -> bool:
+        """Begin the request that came with a familiar head; False if it has to be parsed."""
+        lane, ending = self.lane, self.ending
+        before = cast("RequestResponseCycle | DirectCycle", self.cycle)
+        if (
+            not self._between
+            or lane is None
+            or ending.refusing
+            or ending.leaving
+            or not isinstance(before, DirectCycle)
+            or not before.response_complete
+        ):
+            return False
+        default_headers = self.server_state.default_headers
+        cycle = lane.repeat(self, before, body, default_headers, self.loop.time())
+        if cycle is None:
+            return False
+        cycle.stalled = self.stalled_since_s is not None
+        self.cycle = cast("Any", cycle)
+        self._unanswered.clear()
+        self._unanswered.append(cycle)
+        cycle.body_is(body)
+        return True
 
     def answered(self) -> None:
         """Go on with what was asked meanwhile; idle connections end by the sweep, not by timers."""

@@ -11,6 +11,7 @@ from typing import Final, NamedTuple, Protocol, cast
 
 import httptools
 
+from services.proxy.familiar import END, MAX_BYTES, FamiliarHead, familiar
 from services.proxy.framing import Chunks
 
 EVENT_STREAM: Final = b"text/event-stream"
@@ -54,8 +55,26 @@ class Sink(Protocol):
         ...
 
 
+class Familiar:
+    """The last heads of a replica's whole answers and of its streams, and what they say.
+
+    Shared by all connections to the replica: within a second, all its answers have the same.
+    """
+
+    __slots__ = ("answer", "stream", "stream_bytes", "stream_head", "whole")
+
+    def __init__(self) -> None:
+        self.whole: FamiliarHead | None = None
+        self.answer = Head(0)
+        self.stream_head = b""
+        self.stream_bytes = 0
+        self.stream = Head(0)
+
+
 class Idler(Protocol):
     """Who owns connections between requests."""
+
+    familiar: Familiar
 
     def idle(self, connection: "Connection") -> None:
         """Take back a connection that can carry another request."""
@@ -74,7 +93,9 @@ class Connection(asyncio.Protocol):
         "_chunks",
         "_complete",
         "_content_type",
+        "_familiar",
         "_framed",
+        "_fresh",
         "_got_bytes",
         "_head_due",
         "_keep_alive",
@@ -92,6 +113,9 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, owner: Idler) -> None:
         self._owner = owner
+        self._familiar = owner.familiar
+        self._fresh = True
+        """The parser has read nothing but whole answers."""
         self._transport: asyncio.Transport | None = None
         self._sink: Sink | None = None
         self._parser = httptools.HttpResponseParser(self)
@@ -162,6 +186,8 @@ class Connection(asyncio.Protocol):
             if self._chunks is not None:
                 body = self._chunks.take(data)
                 self._complete = self._chunks.ended
+            elif self._fresh and (known := self._recognised(sink, data)) is not None:
+                body = known
             else:
                 self._got_bytes = True
                 body = self._parse(sink, data)
@@ -178,37 +204,76 @@ class Connection(asyncio.Protocol):
             self._finish()
         sink.answer_data(body, complete=complete)
 
+    def _recognised(self, sink: Sink, data: bytes) -> bytes | None:
+        """Take the beginning of an answer whose head is a familiar one; None of any other."""
+        known = self._familiar
+        whole = known.whole
+        if whole is not None and (body := whole.body_of(data)) is not None:
+            self._got_bytes = self._complete = self._keep_alive = True
+            sink.answer_started(known.answer)
+            return body
+        if known.stream_bytes and data.startswith(known.stream_head):
+            self._got_bytes = self._framed = self._keep_alive = True
+            self._status = known.stream.status
+            return self._streamed(sink, known.stream, data[known.stream_bytes :])
+        return None
+
+    def _streamed(self, sink: Sink, head: Head, rest: bytes) -> bytes:
+        """Begin to take an event stream in chunks; a parser that has read its head is left."""
+        as_chunks = sink.answer_started(head)
+        if self._sink is not sink:
+            return b""
+        self._chunks = Chunks(framed=as_chunks)
+        body = self._chunks.take(rest)
+        self._complete = self._chunks.ended
+        return body
+
+    def _remember(self, head: Head, text: bytes) -> None:
+        """Remember the head of an answer of the usual kinds."""
+        known = self._familiar
+        if not self._keep_alive:
+            return
+        if head.in_chunks:
+            if len(text) <= MAX_BYTES:
+                known.stream, known.stream_head, known.stream_bytes = head, text, len(text)
+        elif head.framed and not self._chunked:
+            known.whole, known.answer = familiar(text), head
+
     def _parse(self, sink: Sink, data: bytes) -> bytes:
         """Have llhttp parse what is read; an event stream that begins leaves it after its head."""
+        fresh, self._fresh = self._fresh, False
         feed = self._parser.feed_data
         if self._status:
             feed(data)
         else:
-            end = data.find(b"\r\n\r\n") + 4
-            feed(data[:end] if end >= 4 else data)
-            rest = data[end:] if end >= 4 else b""
+            end, rest = 0, data
+            while rest and not self._head_due:  # once, or again after an interim head
+                end = rest.find(END) + len(END)
+                if end < len(END):
+                    end = 0  # the head begins or ends here, or goes on
+                feed(rest[:end] if end else rest)
+                rest = rest[end:] if end else b""
             if self._head_due:
                 self._head_due = False
                 in_chunks = (
-                    self._chunked and end >= 4 and self._content_type.startswith(EVENT_STREAM)
+                    self._chunked
+                    and end > 0
+                    and self._content_type.startswith(EVENT_STREAM)
+                    # Else a head that ended within this read was taken to end later.
+                    and not self._parts
+                    and not self._complete
                 )
-                as_chunks = sink.answer_started(
-                    Head(
-                        self._status,
-                        self._content_type,
-                        self._retry_after,
-                        self._framed,
-                        in_chunks,
-                    )
+                head = Head(
+                    self._status, self._content_type, self._retry_after, self._framed, in_chunks
                 )
-                if self._sink is not sink:
-                    return b""
+                if fresh and end and end + len(rest) == len(data) and head.status == 200:
+                    self._remember(head, data[:end])
                 if in_chunks:
                     self._parser = httptools.HttpResponseParser(self)
-                    self._chunks = Chunks(framed=as_chunks)
-                    body = self._chunks.take(rest)
-                    self._complete = self._chunks.ended
-                    return body
+                    return self._streamed(sink, head, rest)
+                sink.answer_started(head)
+                if self._sink is not sink:
+                    return b""
             if rest:
                 feed(rest)
         parts = self._parts
@@ -278,7 +343,7 @@ class Connection(asyncio.Protocol):
         self._sink = None
         self._chunks = None
         self._status = 0
-        self._reused = True
+        self._fresh = self._reused = True
         self.resume()
         transport = self._transport
         if transport is None or transport.is_closing():

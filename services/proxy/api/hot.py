@@ -203,12 +203,12 @@ class HotRoutes:
     def enter(self, cycle: DirectCycle, body: bytes) -> Exchange | None:
         """Begin to answer a request of the lane; None if that is done already."""
         head, route = cycle.head, cycle.route
-        head.request_id = request_id_of(head.request_id)
+        cycle.request_id = request_id_of(head.request_id)
         try:
             _check_json(head)
             given = peek(body)
             table = self._resolve(named_model(given))
-            request = inbound(route.upstream, body, head.request_id, given)
+            request = inbound(route.upstream, body, cycle.request_id, given)
             exchange = self._exchange(table, request, route, Relay, cycle, cycle.cut)
             exchange.begin()
         except RefusedError as error:
@@ -226,7 +226,7 @@ class HotRoutes:
             cycle.cut()
             return
         self._fleet.metrics.refused.labels(str(refusal.status)).inc()
-        body, headers = _refusal_of(refusal, cycle.head.request_id, cycle.route.dialect)
+        body, headers = _refusal_of(refusal, cycle.request_id, cycle.route.dialect)
         cycle.start(refusal.status, headers)
         cycle.write(body, more=False)
 
