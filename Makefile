@@ -25,8 +25,9 @@ UV := .tools/bin/uv
 BIN := .venv/bin
 ENGINE_HOME := $(or $(REDMESH_ENGINE_HOME),.engine)
 PEERS := .tools/peers
-# Tests that need more than a fast machine-local run: real vLLM, whole meshes, sustained load.
-SLOW := engine or mesh or load
+# How many tests may run at the same time, where they share the machine without harm.
+JOBS ?= $(shell nproc)
+SHARED := $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile
 
 # An active environment of the calling shell is not the one meant.
 unexport VIRTUAL_ENV
@@ -88,13 +89,21 @@ lint: setup system ## Run ruff, pyright, import-linter and luacheck
 	luacheck --quiet --config .luacheckrc .state/lua
 
 .PHONY: test-fast
-test-fast: setup system ## Run the tests that need neither vLLM nor a mesh nor load, with coverage
+test-fast: setup system ## Run the tests that need neither vLLM nor a mesh, with coverage
 	rm -f .coverage .coverage.*
-	$(BIN)/pytest -m "not ($(SLOW))" --cov --cov-report=term --durations=10 $(PYTEST)
+	$(SHARED) -m "not (engine or mesh or alone or long)" --cov --cov-report=term --durations=10 $(PYTEST)
 
 .PHONY: test-slow
-test-slow: setup system engine ## Run the tests on real vLLM, on whole meshes and under load
-	$(BIN)/pytest -m "$(SLOW)" --durations=15 $(PYTEST)
+test-slow: test-shared test-alone ## Run all other tests
+
+.PHONY: test-shared
+test-shared: setup system ## Run whole meshes and long computations, several at a time
+	$(SHARED) -m long $(PYTEST)
+	$(SHARED) -m "mesh and not (engine or alone)" --durations=15 $(PYTEST)
+
+.PHONY: test-alone
+test-alone: setup system engine ## Run the tests on real vLLM, under load, and those that keep bounds in seconds
+	$(BIN)/pytest -m "engine or alone" --durations=15 $(PYTEST)
 
 ##@ Measure
 

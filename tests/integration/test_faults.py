@@ -22,7 +22,7 @@ from tests.support.streams import Load, Report
 from tests.support.verdicts import Outcome
 from tests.support.waiting import wait_until
 
-pytestmark = pytest.mark.mesh
+pytestmark = [pytest.mark.mesh, pytest.mark.alone]
 
 MODEL = "sim"
 REPLICAS = 3

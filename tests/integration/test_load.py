@@ -18,7 +18,7 @@ STEP_MS = 250.0
 
 
 @pytest.mark.mesh
-@pytest.mark.load
+@pytest.mark.alone
 @pytest.mark.timeout(240)
 async def test_a_thousand_streaming_users_are_served_without_a_failure(tmp_path: Path) -> None:
     """100 requests a second for 60 s, 1,000 at once: no failure, no retry, no drift."""

@@ -30,7 +30,7 @@ SEED: Final = int(os.environ.get("SEED", "0")) or random.SystemRandom().randrang
 WHOLE_S: Final = 1200.0
 """A soak of this length must have had every kind."""
 
-pytestmark = [pytest.mark.mesh, pytest.mark.load, pytest.mark.timeout(SOAK_S + 360)]
+pytestmark = [pytest.mark.mesh, pytest.mark.alone, pytest.mark.timeout(SOAK_S + 360)]
 
 MODEL: Final = "enduring"
 REPLICAS: Final = 3

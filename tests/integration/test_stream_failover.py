@@ -24,7 +24,7 @@ from tests.support.streams import Load
 from tests.support.verdicts import Asked, told
 from tests.support.waiting import wait_until
 
-pytestmark = [pytest.mark.mesh, pytest.mark.load, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.mesh, pytest.mark.alone, pytest.mark.timeout(300)]
 
 MODEL: Final = "sturdy"
 REPLICAS: Final = 4

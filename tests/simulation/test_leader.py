@@ -12,7 +12,7 @@ from tests.simulation.leadersim import LeaderSim
 from tests.simulation.luahost import LuaHost
 
 # Among the slow ones: they are measured in minutes, and coverage would double that.
-pytestmark = pytest.mark.load
+pytestmark = pytest.mark.long
 
 KNOWN_SEEDS = 30
 FRESH_SEEDS = 15

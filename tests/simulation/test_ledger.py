@@ -15,7 +15,7 @@ from tests.simulation.ledgersim import LedgerSim
 from tests.simulation.luahost import LuaHost
 
 # Among the slow ones: they are measured in minutes, and coverage would double that.
-pytestmark = pytest.mark.load
+pytestmark = pytest.mark.long
 
 KNOWN_SEEDS = 40
 FRESH_SEEDS = 20

@@ -10,7 +10,7 @@ from tests.simulation.luahost import LuaHost
 from tests.simulation.mutations import LEADER, LEDGER, mutated
 
 # Among the slow ones: they are measured in minutes, and coverage would double that.
-pytestmark = pytest.mark.load
+pytestmark = pytest.mark.long
 
 HISTORIES = 25
 
