@@ -14,6 +14,8 @@ from shared.errors import InvalidInputError
 NAME_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}")
 """A valid name, matched in full: 1 to 128 characters."""
 
+_REQUEST_IDS: Final = 256
+_request_ids: list[str] = []
 _UNSLUGGABLE: Final = re.compile(r"[^a-z0-9-]+")
 
 
@@ -35,8 +37,14 @@ def check_name(kind: str, text: str) -> str:
 
 
 def new_request_id() -> str:
-    """Make a request id: 32 hexadecimal digits, unique without coordination."""
-    return secrets.token_hex(16)
+    """Make a request id: 32 hexadecimal digits, unique without coordination.
+
+    They are made many at a time: asking the kernel for each costs microseconds.
+    """
+    if not _request_ids:
+        digits = secrets.token_hex(16 * _REQUEST_IDS)
+        _request_ids.extend(digits[at : at + 32] for at in range(0, len(digits), 32))
+    return _request_ids.pop()
 
 
 def new_suffix() -> str:

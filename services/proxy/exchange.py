@@ -263,7 +263,10 @@ class Exchange:
         relay = self._relay
         if outcome is Step.STARTED:
             self._answering()
-            outcome = Step.ENDED if relay.ended else Step.GOES_ON
+            if relay.ended:
+                self._finish(relay.outcome)
+                return
+            outcome = Step.GOES_ON
         if outcome is Step.GOES_ON:
             if self._phase is Phase.SENT and relay.goes_on:
                 self._answering()
@@ -308,11 +311,12 @@ class Exchange:
             metrics.failovers[self._failover.kind].inc()
         else:
             metrics.first_byte.observe(self._heard_s - self._started_s)
-        self._settle()
+        if not self._relay.ended:
+            self._settle()
 
     def _settle(self) -> None:
         holding = self._served.reservations.live.get(self._ledger_id)
-        if holding is not None and not self._relay.ended:
+        if holding is not None:
             holding.streamed = True
             self._served.reservations.settle(self._ledger_id, self._inbound.output_tokens)
 

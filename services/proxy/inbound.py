@@ -199,4 +199,4 @@ _TEXT_PARAMETERS: Final[Mapping[str, type[int] | type[float]]] = {
 
 
 def _whole(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+    return value if type(value) is int and value > 0 else None

@@ -93,7 +93,7 @@ class DirectCycle:
         "_body",
         "_carrying",
         "_chunked",
-        "_default_headers",
+        "_default_lines",
         "_enter",
         "_line",
         "began_s",
@@ -114,14 +114,15 @@ class DirectCycle:
         route: Route,
         head: Head,
         enter: Callable[["DirectCycle", bytes], Carrying | None],
-        default_headers: Headers,
+        default_lines: bytes,
         began_s: float,
         *,
         keep_alive: bool,
     ) -> None:
         self._line = line
         self._enter = enter
-        self._default_headers = default_headers
+        self._default_lines = default_lines
+        """Of every answer's head."""
         self._body: bytes | bytearray = b""
         self._carrying: Carrying | None = None
         self._answer_head = b""
@@ -193,8 +194,7 @@ class DirectCycle:
     def start(self, status: int, headers: Headers) -> None:
         """Begin the answer; its head travels with the first piece of its body."""
         self.response_started = True
-        lines = [_STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status]
-        lines += [b"%b: %b\r\n" % pair for pair in self._default_headers]
+        lines = [_STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status, self._default_lines]
         chunked = status != BODILESS
         for name, value in headers:
             lines.append(b"%b: %b\r\n" % (name, value))
@@ -260,6 +260,8 @@ class Lane:
         self._refuse = refuse
         self._max_body_bytes = max_body_bytes
         self._body_timeout_s = body_timeout_s
+        self._default_headers: Headers | None = None
+        self._default_lines = b""
 
     def take(
         self,
@@ -283,9 +285,8 @@ class Lane:
             or head.unframed
         ):
             return None
-        return DirectCycle(
-            line, route, head, self._enter, default_headers, now_s, keep_alive=keep_alive
-        )
+        lines = self._lines(default_headers)
+        return DirectCycle(line, route, head, self._enter, lines, now_s, keep_alive=keep_alive)
 
     def repeat(
         self,
@@ -298,9 +299,17 @@ class Lane:
         """Begin the cycle of a request whose head is that of the one `before` it."""
         if len(body) > self._max_body_bytes:
             return None
+        lines = self._lines(default_headers)
         return DirectCycle(
-            line, before.route, before.head, self._enter, default_headers, now_s, keep_alive=True
+            line, before.route, before.head, self._enter, lines, now_s, keep_alive=True
         )
+
+    def _lines(self, headers: Headers) -> bytes:
+        """Write headers as lines; uvicorn makes a new list of them when the date changes."""
+        if headers is not self._default_headers:
+            self._default_headers = headers
+            self._default_lines = b"".join([b"%b: %b\r\n" % pair for pair in headers])
+        return self._default_lines
 
     def sweep(self, cycle: DirectCycle, now_s: float) -> None:
         """Refuse a request whose body takes too long to come."""

@@ -8,6 +8,7 @@ An armed stream runs over a tape, which knows what was delivered. When its repli
 answer of another one goes on where it broke off: see `go_on`.
 """
 
+import re
 from collections.abc import Callable
 from enum import Enum
 from typing import Final
@@ -28,6 +29,7 @@ comes, and can no longer be fetched again. One that ends with its connection is 
 only its JSON tells whether it was cut."""
 
 _COMPLETION_TOKENS: Final = b'"completion_tokens":'
+_NUMBER: Final = re.compile(rb"[ \t]*([0-9]{1,12})")
 
 
 class Step(Enum):
@@ -302,6 +304,5 @@ def _completion_tokens(body: bytes) -> int:
     at = body.rfind(_COMPLETION_TOKENS)
     if at < 0:
         return 0
-    digits = body[at + len(_COMPLETION_TOKENS) :][:12].lstrip()
-    number = digits[: len(digits) - len(digits.lstrip(b"0123456789"))]
-    return int(number) if number else 0
+    number = _NUMBER.match(body, at + len(_COMPLETION_TOKENS))
+    return int(number[1]) if number else 0
