@@ -312,12 +312,6 @@ class Exchange:
         else:
             metrics.first_byte.observe(self._heard_s - self._started_s)
         if not self._relay.ended:
-            self._settle()
-
-    def _settle(self) -> None:
-        holding = self._served.reservations.live.get(self._ledger_id)
-        if holding is not None:
-            holding.streamed = True
             self._served.reservations.settle(self._ledger_id, self._inbound.output_tokens)
 
     def _answered(self) -> None:

@@ -146,9 +146,12 @@ class Reservations:
             self._tell(Release(request))
 
     def settle(self, request: str, cost_tokens: int) -> None:
-        """Change what `request` holds, such as when its prompt has been worked off."""
+        """Change what `request` holds: it streams, so its prompt has been worked off."""
         holding = self.live.get(request)
-        if holding is not None and holding.cost_tokens != cost_tokens:
+        if holding is None:
+            return
+        holding.streamed = True
+        if holding.cost_tokens != cost_tokens:
             holding.cost_tokens = cost_tokens
             self._tell(Adopt(request, holding.rid, cost_tokens))
 
