@@ -36,7 +36,7 @@ CUTS: Final = (1, 2, 5, 14, 22, 30)
 """After which events the door slams: the first is a chat's role, or a completion's prompt."""
 STREAMS: Final = 50
 STORM_S: Final = 60.0
-LONGEST_STORM_S: Final = 180.0
+LONGEST_STORM_S: Final = 300.0
 """On a slow machine an engine takes a minute to come back, and can be killed again only then."""
 KILLS: Final = 3
 
@@ -195,6 +195,7 @@ async def test_sampled_streams_go_on(mesh: Mesh) -> None:
             assert PROMPT not in got.text
 
 
+@pytest.mark.timeout(600)
 async def test_fifty_streams_outlive_their_engines(mesh: Mesh, faq: dict[str, str]) -> None:
     """Engines are killed for a minute; every stream ends as if nothing had happened."""
     questions = list(faq)[:STREAMS]
