@@ -201,6 +201,24 @@ async def test_requests_are_what_the_client_sent(
         assert recognised == 0
 
 
+async def test_the_end_of_a_body_is_never_remembered_as_a_head() -> None:
+    """Whatever a body says, a later request with those bytes is parsed, and keeps its route."""
+    desk = Desk()
+    protocol = connected(desk)
+    second = HEAD % (2, b"b") + b"{}"
+    other = HEAD.replace(b"chat/completions", b"embeddings")
+    ending = other % (len(second), b"z")
+    first = HEAD % (1 + len(ending), b"a") + b"x" + ending
+    protocol.data_received(first[: -len(ending)])
+    protocol.data_received(ending + second)
+    protocol.data_received(other % (3, b"z") + b"abc")
+    assert desk.asked == [
+        ("/v1/chat/completions", b"a", b"x" + ending),
+        ("/v1/chat/completions", b"b", b"{}"),
+        ("/v1/embeddings", b"z", b"abc"),
+    ]
+
+
 async def test_heads_that_always_differ_are_not_compared_for_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
