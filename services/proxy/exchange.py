@@ -251,8 +251,12 @@ class Exchange:
         if complete:
             self._connection = None
         elif self._phase is Phase.ANSWERING and relay.usual(data):  # nearly always
-            if relay.client.stalled and self._connection is not None:
+            if self._connection is None:
+                return
+            if relay.client.stalled:
                 self._connection.pause()
+            elif self._fleet.carrier is not None:
+                self._fleet.carrier.offer(self._connection, relay, self)
             return
         outcome = relay.feed(data, complete=complete)
         if self._phase is not Phase.DONE:
@@ -446,7 +450,7 @@ class Exchange:
         """End what is overdue."""
         phase = self._phase
         if phase is Phase.ANSWERING:
-            if now_s - self._heard_s > self._silence_s:
+            if self._is_silent(now_s):
                 if self._relay.client.stalled:
                     self._stop_try()
                     self._cut_client()
@@ -458,12 +462,20 @@ class Exchange:
                 self._unhold()
                 self._refuse(self._served.waited_in_vain(now_s - self._started_s))
         elif phase is Phase.SENT and self._relay.started:
-            if now_s - self._heard_s > self._silence_s:
+            if self._is_silent(now_s):
                 self._failed(Failure.SILENT, f"it was silent for {self._silence_s:g} s")
         elif phase is not Phase.DONE and now_s >= self._deadline_s:
             self._refuse(
                 refusals.too_slow(self._served.model, self._served.table.spec.request_timeout_s)
             )
+
+    def _is_silent(self, now_s: float) -> bool:
+        """Tell whether nothing has come for too long; what is carried is asked for only then."""
+        if now_s - self._heard_s <= self._silence_s:
+            return False
+        if self._connection is not None and self._connection.carried is not None:
+            self._heard_s = max(self._heard_s, self._connection.carried.heard_s)
+        return now_s - self._heard_s > self._silence_s
 
     def _stop_try(self) -> None:
         self._unhold()
@@ -482,16 +494,7 @@ class Exchange:
         self.rid = None
 
     def _finish(self, outcome: str) -> None:
-        served = self._served
         self._phase = Phase.DONE
         self._let_go()
-        served.exchanges.discard(self)
-        metrics = served.metrics
-        metrics.outcomes[outcome].inc()
-        metrics.duration.observe(self._now_s() - self._started_s)
-        tokens = self._relay.tokens
-        if tokens:
-            metrics.events.inc(tokens)
-            if outcome == "2xx":
-                served.output.observe(tokens)
-        served.finished()
+        took_s = self._now_s() - self._started_s
+        self._served.finished(self, outcome, took_s, self._relay.tokens)

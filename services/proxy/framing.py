@@ -27,6 +27,11 @@ class Chunks:
         self.ended = False
         """The last chunk has been read."""
 
+    @property
+    def between(self) -> bool:
+        """Tell whether all that was read has been given away, and there is more to come."""
+        return not (self._kept or self.ended)
+
     def take(self, data: bytes) -> bytes:
         """Take the next read; return the chunks that are whole now, and keep the rest.
 

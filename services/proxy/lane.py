@@ -223,6 +223,25 @@ class DirectCycle:
         """Write chunks that are framed already; with `more` false they end with the last one."""
         self._send(chunks, more=more)
 
+    def lend(self) -> int:
+        """Give the client's socket's descriptor, if its answer is in chunks and all of it is sent.
+
+        Until the answer goes on by `write`, whoever has the descriptor writes whole chunks to it.
+        """
+        transport = self._line.transport
+        if (
+            self.response_complete
+            or self.stalled
+            or not self._chunked
+            or self._answer_head
+            or transport.is_closing()
+            or transport.get_write_buffer_size()
+            or transport.get_extra_info("sslcontext") is not None
+        ):
+            return -1
+        opened = transport.get_extra_info("socket")
+        return -1 if opened is None else int(opened.fileno())
+
     def _send(self, data: bytes, *, more: bool) -> None:
         if self.response_complete:
             return  # the client has left

@@ -9,16 +9,17 @@ answer of another one goes on where it broke off: see `go_on`.
 """
 
 import re
-from collections.abc import Callable
 from enum import Enum
 from typing import Final
 
 import msgspec
 
 from services.proxy import refusals
+from services.proxy.carrier.carrying import PASSED_ON, Told
 from services.proxy.client import Outlet
 from services.proxy.continuation.tape import Tape
 from services.proxy.framing import LAST_CHUNK
+from services.proxy.lane import DirectCycle
 from services.proxy.refusals import Dialect, Refusal
 from services.proxy.retry import ENGINE_DEAD, Failure, classify
 from services.proxy.upstream import EVENT_STREAM, Head
@@ -27,6 +28,9 @@ UNARY_BUFFER_BYTES: Final = 8 << 20
 """An answer that is not a stream is held back up to this size; beyond it, it is passed on as it
 comes, and can no longer be fetched again. One that ends with its connection is held back whole:
 only its JSON tells whether it was cut."""
+
+WHOLE: Final = b"\n\n\r\n"
+"""How a chunk of whole events ends."""
 
 _COMPLETION_TOKENS: Final = b'"completion_tokens":'
 _NUMBER: Final = re.compile(rb"[ \t]*([0-9]{1,12})")
@@ -70,8 +74,11 @@ class Relay:
         """A stream has begun, and another replica is to go on with it."""
         self.tape: Tape | None = None
         """Set for an armed stream."""
-        self.write_chunks: Callable[..., None] | None = None
-        """Set where a stream that is not armed may be passed on in the replica's own chunks."""
+        self.lane: DirectCycle | None = None
+        """Set where the client can be given chunks as they are: those of the replica, unless the
+        stream is armed, and carried ones."""
+        self.offers = 0
+        """How often the stream was offered to the carrier."""
         self.failure: Failure | None = None
         self.detail = ""
         self.outcome = "2xx"
@@ -102,7 +109,7 @@ class Relay:
         self._head = head
         self._streams = head.status == 200 and head.content_type.startswith(EVENT_STREAM)
         self._in_chunks = (
-            self._streams and head.in_chunks and self.tape is None and self.write_chunks is not None
+            self._streams and head.in_chunks and self.tape is None and self.lane is not None
         )
         return self._in_chunks
 
@@ -128,15 +135,42 @@ class Relay:
 
     def usual(self, data: bytes) -> bool:
         """Pass on the next bytes of a stream that has begun, if nothing about them is unusual."""
-        if self._in_chunks and self.write_chunks is not None:
+        if self._in_chunks and self.lane is not None:
             self._tokens += data.count(b"\n\n")
             self._last = data
-            self.write_chunks(data, more=True)
+            self.lane.write_chunks(data, more=True)
             return True
         if self.tape is not None and (event := self.tape.usual(data)):
             self.client.write(event, more=True)
             return True
         return False
+
+    @property
+    def shape(self) -> tuple[bytes, bytes] | None:
+        """How the stream's usual chunks look, if they may be carried (`carrier.carrying`)."""
+        if self.lane is None or self.client.ended:
+            return None
+        if self.tape is not None:
+            return self.tape.shape
+        return PASSED_ON if self._in_chunks else None
+
+    def lend(self) -> int:
+        """Give the client's socket, if it can be written to without us; else -1."""
+        return -1 if self.lane is None else self.lane.lend()
+
+    def carried(self, told: Told) -> None:
+        """Note what was carried."""
+        if self.tape is not None:
+            self.tape.carried(told.ids, told.chars)
+        elif told.events:
+            self._tokens += told.events
+            self._last = WHOLE
+
+    def write_rest(self, rest: bytes) -> bool:
+        """Write chunks that the client had no room for; tell whether it has room for more."""
+        if self.lane is not None:
+            self.lane.write_chunks(rest, more=True)
+        return not self.client.stalled
 
     def reset(self) -> None:
         """Forget a try that came to nothing."""
@@ -167,7 +201,7 @@ class Relay:
         """End a begun answer as an error; False where only cutting the connection can tell."""
         if not self._streams and not self._goes_on:
             return False
-        whole = self.tape is not None or self._last.endswith((b"\n\n", b"\n\n\r\n"))
+        whole = self.tape is not None or self._last.endswith((b"\n\n", WHOLE))
         boundary = b"" if whole else b"\n\n"
         self.client.write(boundary + refusal.event(self._dialect), more=False)
         return True
@@ -183,9 +217,9 @@ class Relay:
                 return self._fail(Failure.RESET, "an empty stream")
             self._start()
         self._tokens += data.count(b"\n\n")
-        if self._in_chunks and self.write_chunks is not None:
+        if self._in_chunks and self.lane is not None:
             self._last = data
-            self.write_chunks(data, more=not complete)
+            self.lane.write_chunks(data, more=not complete)
         elif not complete or self._head.framed or b"[DONE]" in self._last + data:
             if data:
                 # Without framing the end is known by its words, and reads may split them.

@@ -13,6 +13,7 @@ from typing import Final, Protocol
 from services.proxy import refusals
 from services.proxy.admission import retry_after_s
 from services.proxy.breaker import RedisBreaker, ReplicaBreaker
+from services.proxy.carrier.carrying import make_carrier
 from services.proxy.cost import OutputEstimate
 from services.proxy.metrics import LedgerMetrics, Metrics, ModelMetrics
 from services.proxy.policies.affinity import Affinity
@@ -35,7 +36,7 @@ ENDED_GRACE_S: Final = 3.0
 wrong."""
 
 
-class Carried(Protocol):
+class Underway(Protocol):
     """What a model needs of its exchanges: to end them by time, by the table, and at shutdown.
 
     A protocol, because exchanges know their model, and two modules that name each other are one.
@@ -75,7 +76,7 @@ class Served:
         self.output = OutputEstimate()
         self.affinity = Affinity()
         self.budget = Budget(now_s)
-        self.exchanges: set[Carried] = set()
+        self.exchanges: set[Underway] = set()
         self.ejected: dict[str, ReplicaBreaker] = {}
         """Replicas to avoid: nearly always empty, so that a request looks at none of thousands."""
         self.finished_per_s = 0.0
@@ -107,8 +108,16 @@ class Served:
                 del self.ejected[rid]
         return list(self.ejected)
 
-    def finished(self) -> None:
+    def finished(self, exchange: Underway, outcome: str, took_s: float, tokens: int) -> None:
         """Note that a request has ended: whoever waits first may have its place."""
+        self.exchanges.discard(exchange)
+        metrics = self.metrics
+        metrics.outcomes[outcome].inc()
+        metrics.duration.observe(took_s)
+        if tokens:
+            metrics.events.inc(tokens)
+            if outcome == "2xx":
+                self.output.observe(tokens)
         self._finished += 1
         if self.room.waiting:
             # Not from here: whoever is woken may end at once, and wake the next from within.
@@ -170,6 +179,8 @@ class Fleet:
         self.endpoints = endpoints
         self.metrics = metrics
         self.random = random
+        self.carrier = make_carrier(asyncio.get_running_loop()) if settings.carrier else None
+        """Carries streams in compiled code; None where that was not built, or is not wanted."""
         self.pumps: set[asyncio.Task[None]] = set()
         """Tasks that write to slow clients."""
         self._ledger = ledger
@@ -254,6 +265,8 @@ class Fleet:
         for task in pumps:
             task.cancel()
         await asyncio.gather(*pumps, return_exceptions=True)
+        if self.carrier is not None:
+            self.carrier.close()
         await self.endpoints.aclose()
 
     def _make(self, table: ModelTable) -> Served:

@@ -44,6 +44,8 @@ class ProxySettings(CommonSettings, frozen=True, kw_only=True):
     """A request for a model whose replicas are all full waits this long before 429."""
     max_held_requests: int = 4096
     """Requests that may wait per model in this proxy; above it the answer is 429 at once."""
+    carrier: bool = True
+    """Carry the usual tokens of streams in compiled code, if it was built; else all in Python."""
     max_tries: int = 3
     """Replicas that one request may be sent to."""
     drain_delay_s: float = 0.5

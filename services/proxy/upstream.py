@@ -11,6 +11,7 @@ from typing import Final, NamedTuple, Protocol, cast
 
 import httptools
 
+from services.proxy.carrier.carrying import Carried
 from services.proxy.familiar import END, MAX_BYTES, FamiliarHead, familiar
 from services.proxy.framing import Chunks
 
@@ -108,6 +109,7 @@ class Connection(asyncio.Protocol):
         "_sink",
         "_status",
         "_transport",
+        "carried",
         "idle_since_s",
     )
 
@@ -133,6 +135,8 @@ class Connection(asyncio.Protocol):
         self._got_bytes = False
         self._reused = False
         self._paused = False
+        self.carried: Carried | None = None
+        """Set while the library reads this connection's stream."""
         self.idle_since_s = 0.0
 
     @property
@@ -163,9 +167,39 @@ class Connection(asyncio.Protocol):
             self._transport.resume_reading()
         self._paused = False
 
+    def lend(self, listener: object) -> int:
+        """Stop reading a stream between two chunks; give its socket's descriptor, else -1.
+
+        `listener` is the sink that is meant: by now there may be another one, or none.
+        """
+        transport, chunks = self._transport, self._chunks
+        if (
+            transport is None
+            or transport.is_closing()
+            or self._paused
+            or self._sink is not listener
+            or chunks is None
+            or not chunks.between
+        ):
+            return -1
+        opened = transport.get_extra_info("socket")
+        if opened is None or transport.get_extra_info("sslcontext") is not None:
+            return -1
+        transport.pause_reading()
+        return int(opened.fileno())
+
+    def take_back(self, data: bytes) -> None:
+        """Read again, after `data`, which was read while the connection was lent."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
+        if data:
+            self.data_received(data)
+
     def abort(self) -> None:
         """Close at once; an engine takes this for a cancellation. The sink hears no more."""
         self._sink = None
+        if self.carried is not None:
+            self.carried.end()
         if self._transport is not None:
             self._transport.abort()
 
@@ -283,6 +317,8 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell the sink: a body without framing is complete now, any other was cut."""
+        if self.carried is not None:
+            self.carried.end()
         self._owner.gone(self)
         sink = self._sink
         self._sink = None

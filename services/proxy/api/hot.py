@@ -194,8 +194,8 @@ class HotRoutes:
         )
         if request.tape is not None and table.spec.stream_failover is not StreamFailover.OFF:
             relay.tape = Tape(request.tape)
-        elif isinstance(client, DirectCycle):
-            relay.write_chunks = client.write_chunks
+        if isinstance(client, DirectCycle):
+            relay.lane = client
         return Exchange(self._fleet, served, request, relay, cut)
 
     # the lane

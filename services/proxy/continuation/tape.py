@@ -228,6 +228,20 @@ class Tape:
         self._marks[0] = (len(ids), self._chars)
         return data[: at + len(after) - 1] + _NULL_TAIL
 
+    @property
+    def shape(self) -> tuple[bytes, bytes] | None:
+        """What usual chunks have before and after their text; None while that is not known."""
+        if not self._before_text or self._rest:
+            return None
+        return self._before_text, self._after_text
+
+    def carried(self, ids: "array[int]", chars: int) -> None:
+        """Note usual chunks that were taken elsewhere as `usual` takes them."""
+        if ids:
+            self.ids.extend(ids)
+            self._chars += chars
+            self._marks[0] = (len(self.ids), self._chars)
+
     def cut(self) -> Cut:
         """Say from where another replica may go on."""
         kept, generated_chars = self._marks[0]

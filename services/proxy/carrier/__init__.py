@@ -1,0 +1,1 @@
+"""Carrying the usual tokens of streams outside of the interpreter (decision 20)."""
