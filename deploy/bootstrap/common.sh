@@ -16,10 +16,17 @@ can_run() {
   "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
 }
 
-# find_python: print the first Python 3.11 or newer on PATH.
+# find_python: print the Python to use: $PYTHON if that is set, else the system's own, else the first
+# one on PATH that is 3.11 or newer. Debian's is built with profiling and link-time optimisation,
+# what pyenv compiles is not unless it was told to: it takes half as long again for all we do.
 find_python() {
   local name
-  for name in python3 python3.11 python3.12 python3.13 python3.14 python; do
+  if [ -n "${PYTHON:-}" ]; then
+    can_run "$PYTHON" || die "PYTHON=$PYTHON is not Python 3.11 or newer"
+    command -v "$PYTHON"
+    return
+  fi
+  for name in /usr/bin/python3 python3 python3.11 python3.12 python3.13 python3.14 python; do
     if can_run "$name"; then
       command -v "$name"
       return

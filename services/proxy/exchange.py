@@ -251,12 +251,7 @@ class Exchange:
         if complete:
             self._connection = None
         elif self._phase is Phase.ANSWERING and relay.usual(data):  # nearly always
-            if self._connection is None:
-                return
-            if relay.client.stalled:
-                self._connection.pause()
-            elif self._fleet.carrier is not None:
-                self._fleet.carrier.offer(self._connection, relay, self)
+            self._flow()
             return
         outcome = relay.feed(data, complete=complete)
         if self._phase is not Phase.DONE:
@@ -274,8 +269,7 @@ class Exchange:
         if outcome is Step.GOES_ON:
             if self._phase is Phase.SENT and relay.goes_on:
                 self._answering()
-            if relay.client.stalled and self._connection is not None:
-                self._connection.pause()
+            self._flow()
         elif outcome is Step.ENDED:
             self._answered()
             self._finish(relay.outcome)
@@ -285,6 +279,14 @@ class Exchange:
             self._break(relay.detail)
         else:
             self._failed(relay.failure or Failure.RESET, relay.detail)
+
+    def _flow(self) -> None:
+        """Read on: not before the client has taken what there is, and carried where it may be."""
+        connection, relay = self._connection, self._relay
+        if connection is not None and relay.client.stalled:
+            connection.pause()
+        elif connection is not None and self._phase is Phase.ANSWERING:
+            self._fleet.carry(connection, relay, self)
 
     def answer_lost(self, reason: str, *, stale: bool) -> None:
         """Try again, go on elsewhere, or tell the client that the answer broke off."""
@@ -471,10 +473,8 @@ class Exchange:
 
     def _is_silent(self, now_s: float) -> bool:
         """Tell whether nothing has come for too long; what is carried is asked for only then."""
-        if now_s - self._heard_s <= self._silence_s:
-            return False
-        if self._connection is not None and self._connection.carried is not None:
-            self._heard_s = max(self._heard_s, self._connection.carried.heard_s)
+        if now_s - self._heard_s > self._silence_s and self._connection is not None:
+            self._heard_s = max(self._heard_s, self._connection.heard_s)
         return now_s - self._heard_s > self._silence_s
 
     def _stop_try(self) -> None:

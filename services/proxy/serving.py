@@ -13,7 +13,7 @@ from typing import Final, Protocol
 from services.proxy import refusals
 from services.proxy.admission import retry_after_s
 from services.proxy.breaker import RedisBreaker, ReplicaBreaker
-from services.proxy.carrier.carrying import make_carrier
+from services.proxy.carrier.carrying import Source, Target, make_carrier
 from services.proxy.cost import OutputEstimate
 from services.proxy.metrics import LedgerMetrics, Metrics, ModelMetrics
 from services.proxy.policies.affinity import Affinity
@@ -181,6 +181,8 @@ class Fleet:
         self.random = random
         self.carrier = make_carrier(asyncio.get_running_loop()) if settings.carrier else None
         """Carries streams in compiled code; None where that was not built, or is not wanted."""
+        self.carry = self.carrier.offer if self.carrier is not None else _carry_nothing
+        """Offers it a stream that has begun, with who reads it, who tells it, and who listens."""
         self.pumps: set[asyncio.Task[None]] = set()
         """Tasks that write to slow clients."""
         self._ledger = ledger
@@ -298,3 +300,8 @@ class Fleet:
         served = self._served.get(table.model)
         if served is not None:
             served.table_changed()
+
+
+def _carry_nothing(source: Source, target: Target, listener: object) -> None:
+    """Leave a stream to Python."""
+    del source, target, listener

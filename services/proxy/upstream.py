@@ -167,6 +167,11 @@ class Connection(asyncio.Protocol):
             self._transport.resume_reading()
         self._paused = False
 
+    @property
+    def heard_s(self) -> float:
+        """When the last carried bytes came, on the loop's clock; 0 where none are carried now."""
+        return 0.0 if self.carried is None else self.carried.heard_s
+
     def lend(self, listener: object) -> int:
         """Stop reading a stream between two chunks; give its socket's descriptor, else -1.
 

@@ -230,8 +230,8 @@ class Tape:
 
     @property
     def shape(self) -> tuple[bytes, bytes] | None:
-        """What usual chunks have before and after their text; None while that is not known."""
-        if not self._before_text or self._rest:
+        """What usual chunks have before and after their text; None where none are expected."""
+        if not self._before_text or self._rest or self.finished:
             return None
         return self._before_text, self._after_text
 
