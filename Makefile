@@ -57,9 +57,10 @@ down: setup ## Stop a mesh that was started detached
 ##@ Install
 
 .PHONY: setup
-setup: ## Install uv into .tools and the locked packages into .venv
+setup: ## Install uv into .tools and the locked packages into .venv (PYTHON=… chooses another Python)
 	@deploy/bootstrap/uv.sh
 	@deploy/bootstrap/sync.sh
+	@$(BIN)/python -m services.proxy.carrier.library
 
 .PHONY: engine
 engine: setup ## Install vLLM into an environment of its own, .engine
@@ -69,6 +70,7 @@ engine: setup ## Install vLLM into an environment of its own, .engine
 .PHONY: system
 system: ## Install the system packages that the tests need (as root), or name them
 	@deploy/bootstrap/system.sh tests
+	@$(BIN)/python -m services.proxy.carrier.library
 
 ##@ Check
 
@@ -110,6 +112,7 @@ test-alone: setup system engine ## Run the tests on real vLLM, under load, and t
 .PHONY: bench
 bench: setup ## Measure what the proxy costs, in turns with nginx and the peers (half an hour, two quiet cores)
 	@deploy/bootstrap/system.sh bench || echo "going on: what is missing is said below"
+	@$(BIN)/python -m services.proxy.carrier.library
 	@exec $(BIN)/python -m tests.bench $(BENCH)
 
 .PHONY: bench-peers

@@ -16,23 +16,29 @@ can_run() {
   "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
 }
 
-# find_python: print the Python to use: $PYTHON if that is set, else the system's own, else the first
-# one on PATH that is 3.11 or newer. Debian's is built with profiling and link-time optimisation,
-# what pyenv compiles is not unless it was told to: it takes half as long again for all we do.
-find_python() {
+# pythons: print every Python that may be used, the best one first: $PYTHON alone if that is set, else
+# the system's own, then those on PATH. Debian's is built with profiling and link-time optimisation;
+# what pyenv compiles is not unless it was told to, and takes half as long again for all we do.
+pythons() {
   local name
   if [ -n "${PYTHON:-}" ]; then
-    can_run "$PYTHON" || die "PYTHON=$PYTHON is not Python 3.11 or newer"
+    can_run "$PYTHON" || die "PYTHON=$PYTHON does not run, or is older than 3.11"
     command -v "$PYTHON"
     return
   fi
   for name in /usr/bin/python3 python3 python3.11 python3.12 python3.13 python3.14 python; do
     if can_run "$name"; then
       command -v "$name"
-      return
     fi
   done
-  die "no Python 3.11 or newer on PATH; on Debian 12: apt-get install python3"
+}
+
+# find_python: print the best Python.
+find_python() {
+  local found
+  found=$(pythons) || exit 1
+  [ -n "$found" ] || die "no Python 3.11 or newer on PATH; on Debian 12: apt-get install python3"
+  printf '%s\n' "${found%%$'\n'*}"
 }
 
 # apt_install PACKAGE...: install Debian packages as root, without starting the services in them.

@@ -35,9 +35,17 @@ by_apt() {
   apt_install python3-venv >>"$log" 2>&1 && can_run /usr/bin/python3 && by_venv /usr/bin/python3
 }
 
+by_any() {
+  local python
+  for python in $(pythons); do
+    say "getting uv $version with $python"
+    if by_venv "$python" || by_target "$python"; then return; fi
+  done
+  return 1
+}
+
 python=$(find_python)
-say "getting uv $version with $python"
-if ! { by_venv "$python" || by_target "$python" || by_apt; }; then
+if ! { by_any || by_apt; }; then
   rm -rf "$tools"
   cat "$log" >&2
   die "could not install uv $version (see above). It needs the network and one of: python3-venv
