@@ -68,7 +68,7 @@ engine: setup ## Install vLLM into an environment of its own, .engine
 	@$(BIN)/python deploy/engine/install.py --home $(ENGINE_HOME)
 
 .PHONY: system
-system: ## Install the system packages that the tests need (as root), or name them
+system: setup ## Install the system packages that the tests need (as root), or name them
 	@deploy/bootstrap/system.sh tests
 	@$(BIN)/python -m services.proxy.carrier.library
 
