@@ -47,7 +47,7 @@ def read(state: StateDir) -> LinkWish:
     """Read the wish; one that is not there or does not parse is no wish."""
     try:
         return msgspec.json.decode(wish_file(state).read_bytes(), type=LinkWish)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         return LinkWish()
 
 

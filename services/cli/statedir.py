@@ -122,7 +122,7 @@ class StateDir:
             return msgspec.json.decode(self.mesh_file.read_bytes(), type=Mesh)
         except FileNotFoundError:
             return None
-        except (OSError, msgspec.DecodeError) as error:
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
             raise RedmeshError(
                 f"{self.mesh_file} cannot be read ({error}): look for processes with "
                 "`ps aux | grep services.cli`, end them, and delete the file"

@@ -89,7 +89,7 @@ def peek(body: bytes) -> Peek:
         raise RefusedError(
             refusals.bad_field("body", "the request body must be a JSON object")
         ) from None
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RefusedError(refusals.not_json(str(error))) from None
 
 
@@ -141,7 +141,7 @@ def with_model(body: bytes, model: str) -> bytes:
     """Set the model of a body; every other field keeps its bytes."""
     try:
         fields = _FIELDS.decode(body)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RefusedError(refusals.not_json(str(error))) from None
     fields["model"] = msgspec.Raw(msgspec.json.encode(model))
     return msgspec.json.encode(fields)

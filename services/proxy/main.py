@@ -120,7 +120,7 @@ async def _open(
 def _restored(tables: Tables, kept: bytes) -> bool:
     try:
         tables.restore(kept)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         _log.warning("table_copy_not_read", error=str(error))
         return False
     return len(tables) > 0

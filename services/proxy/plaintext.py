@@ -56,7 +56,7 @@ class TextStream:
             return
         try:
             chunk = self._decoder.decode(payload)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             self.error = f"the replica sent a chunk that does not parse: {error}"
             return
         if chunk.error is not None:

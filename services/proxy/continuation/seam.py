@@ -76,7 +76,7 @@ class Seam:
         """Turn one chunk; an `error` in the result says why the stream cannot go on so."""
         try:
             chunk = msgspec.json.decode(payload, type=dict[str, Any])
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             return Turned(error=f"the replica sent a chunk that does not parse: {error}")
         if chunk.get("error") is not None:
             return Turned(error=error_text(chunk["error"]))

@@ -311,7 +311,7 @@ class Tape:
             return True
         try:
             chunk = decode_chunk(event[6:])
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             self.error = f"the replica sent a chunk that does not parse: {error}"
             return False
         if chunk.error is not None:

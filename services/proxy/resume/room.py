@@ -128,7 +128,7 @@ class StreamRoom:
             request = inbound(
                 asked.path.encode(), asked.body, asked.request_id.encode(), peek(asked.body)
             )
-        except (msgspec.DecodeError, RefusedError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RefusedError) as error:
             _log.warning("journal_not_read", stream=stream[:8], reason=str(error))
             await self.streams.close(stream, StreamState.LOST, writer)
             return

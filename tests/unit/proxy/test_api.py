@@ -33,6 +33,7 @@ async def test_routes_reach_the_replica(route: Route) -> None:
         (b"", "application/json", 400, "invalid_json", None),
         (b"[]", "application/json", 400, "invalid_field", "body"),
         (b"\xff\xfe", "application/json", 400, "invalid_json", None),
+        (b'{"model":"\xff"}', "application/json", 400, "invalid_json", None),
         (b"{}", "application/json", 400, "invalid_field", "model"),
         (b'{"model": 3}', "application/json", 400, "invalid_field", "model"),
         (b'{"model": "nope"}', "application/json", 404, "model_not_found", "model"),
