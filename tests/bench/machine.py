@@ -47,13 +47,8 @@ class Cores:
         return ("taskset", "--cpu-list", str(self.measured))
 
     def on_others(self) -> tuple[str, ...]:
-        """Give the command that runs a program on the other core.
-
-        Where Redis must share that core, what runs there steps aside for it: it would have a
-        machine of its own, and nobody else's figures have a Redis in them.
-        """
-        aside = ("nice", "-n", "10") if self.redis == self.others else ()
-        return (*aside, "taskset", "--cpu-list", str(self.others))
+        """Give the command that runs a program on the other core."""
+        return ("taskset", "--cpu-list", str(self.others))
 
     def busy_s(self) -> float:
         """Read for how long the measured core has been busy, whoever kept it so."""
