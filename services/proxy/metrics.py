@@ -33,6 +33,8 @@ _LATENCY_S: Final = (
     600.0,
 )
 _BATCH_S: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5)
+_CHOICE_S: Final = (0.0001, 0.00025, *_BATCH_S)
+"""A choice without the ledger takes some ten microseconds."""
 _BATCH_OPS: Final = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -126,7 +128,7 @@ class Metrics:
             "redmesh_proxy_choice_seconds",
             "From asking for a replica to having one, by the ledger or without it.",
             ("model",),
-            bounds=_BATCH_S,
+            bounds=_CHOICE_S,
             registry=r,
         )
         self.ledger_misses = Tallies(

@@ -16,7 +16,6 @@ import pytest
 from redis.exceptions import OutOfMemoryError
 
 from services.cli.auditing import look
-from services.cli.redisserver import is_free
 from shared.registry import Registry
 from tests.support.mesh import Mesh, sim_model, start, write_models
 from tests.support.redis_link import Link
@@ -31,8 +30,6 @@ MODEL: Final = "sim"
 REPLICAS: Final = 3
 PASSWORD: Final = "first-password"
 FAULT_S: Final = 2.0
-AWAY_S: Final = float(os.environ.get("REDMESH_TEST_AWAY_S", "60"))
-"""How long Redis stays away in the longest test."""
 BACK_BOUND_S: Final = 4.0
 """From Redis' return until every proxy reserves in it again."""
 FAILOVER_BOUND_S: Final = 2.0
@@ -302,18 +299,5 @@ async def test_slow(world: World, mesh: Mesh) -> None:
         await trial.goes_away()
         await trial.lasts(FAULT_S)
         await off(world.link.slow, 0.0)
-        await trial.is_back()
-        await trial.heals(ledger_bound_s=BACK_BOUND_S)
-
-
-async def test_away_for_long(world: World, mesh: Mesh) -> None:
-    """Redis is away for as long as it likes: requests cost nothing more, and none fails."""
-    async with under_load(mesh, MODEL, "away for long", users=40) as trial:
-        await trial.is_healthy(400)
-        await off(world.primary.kill)
-        assert is_free(world.primary.port)
-        await trial.goes_away()
-        await trial.lasts(AWAY_S)
-        await off(world.primary.start)
         await trial.is_back()
         await trial.heals(ledger_bound_s=BACK_BOUND_S)
