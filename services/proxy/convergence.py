@@ -24,6 +24,8 @@ CATALOGUE_S: Final = (1.5, 2.5)
 JITTER_S: Final = 0.2
 AGAIN_S: Final = 0.5
 KEEP_S: Final = 1.0
+NAMED: Final = 10
+"""So many records that do not parse are named in the log: there may be a million."""
 
 _log = structlog.get_logger(__name__)
 
@@ -166,6 +168,7 @@ class Convergence:
     async def _read(self, model: str) -> None:
         snapshot = await self._snapshots.snapshot(model)
         if snapshot.corrupt:
-            _log.error("replicas_not_parsed", model=model, rids=snapshot.corrupt)
+            bad = snapshot.corrupt
+            _log.error("replicas_not_parsed", model=model, count=len(bad), rids=bad[:NAMED])
         if not self._tables.apply_snapshot(snapshot):
             _log.debug("snapshot_not_authoritative", model=model, ver=snapshot.ver)

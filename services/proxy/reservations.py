@@ -27,6 +27,7 @@ from services.proxy.metrics import LedgerMetrics
 from shared.errors import RegistryError
 from shared.registry.ledger import (
     BUSY,
+    MAX_CANDIDATES,
     NONE,
     TIE_BITS,
     Adopt,
@@ -142,6 +143,12 @@ class Reservations:
         entry = _Entry(op, answer, now_s, perf_counter())
         if self.breaker.open:
             self._decide_locally(entry)
+            return
+        if len(exclude) > MAX_CANDIDATES:
+            # The ledger heeds no more of them, and would name the same ones for ever.
+            self._decide_locally(entry)
+            if (holding := self.live.get(request)) is not None:
+                self._tell(Adopt(request, holding.rid, holding.cost_tokens))
             return
         self._undecided.append(entry)
         if self._deadline is None:

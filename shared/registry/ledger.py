@@ -26,6 +26,7 @@ NONE: Final = "!NONE"
 """No replica is READY, or all that are were excluded."""
 MAX_BATCH: Final = 64
 MAX_CANDIDATES: Final = 16
+"""Of one request: replicas that it would rather have, and replicas that it must not get."""
 TIE_BITS: Final = 29
 """Of a random number for ties: the script takes what is above 1e9 for 1e9."""
 SILENCE_MS: Final = 5000
@@ -60,9 +61,9 @@ class Reserve(NamedTuple):
     """A random whole number: decides among replicas of equal score."""
     affinity: tuple[tuple[str, int], ...] = ()
     """Replicas that may hold a part of the prompt, each once, and the cost there in tokens; only
-    the first 16 count."""
+    the first `MAX_CANDIDATES` count."""
     exclude: tuple[str, ...] = ()
-    """Replicas that this request has tried; only the last 16 count."""
+    """Replicas that this request has tried; only the last `MAX_CANDIDATES` count."""
 
     def cost_on(self, rid: str) -> int:
         """Return what the request costs on a replica, in tokens."""

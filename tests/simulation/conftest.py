@@ -3,6 +3,7 @@
 import os
 import secrets
 import subprocess
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Final
@@ -10,6 +11,7 @@ from typing import Final
 import pytest
 
 from shared.registry.loader import ScriptLibrary
+from tests.simulation.faults import HOUR_MS
 from tests.simulation.luahost import LuaHost
 
 _FRESH: Final = 1_000_000
@@ -46,6 +48,15 @@ def told(tried: list[int]) -> str:
     breaks = [at for at in range(1, len(tried)) if tried[at] != tried[at - 1] + 1]
     edges = [0, *breaks, len(tried)]
     return ", ".join(f"{tried[a]} to {tried[b - 1]}" for a, b in pairwise(edges))
+
+
+def clock_steps(steps_ms: Sequence[float]) -> str:
+    """Say how often Redis' clock was set, each way, and how often by an hour."""
+    ahead, back = ([by for by in steps_ms if (by > 0) is forward] for forward in (True, False))
+    return ", ".join(
+        f"clock set {where} {len(each)} times ({sum(abs(by) >= HOUR_MS for by in each)} by an hour)"
+        for where, each in (("ahead", ahead), ("back", back))
+    )
 
 
 def _commit() -> str:

@@ -56,6 +56,7 @@ class Figures(NamedTuple):
     scripts: int
     requests: int
     faults: tuple[str, ...]
+    clock_steps_ms: tuple[float, ...]
     history: str
 
 
@@ -402,6 +403,7 @@ class LedgerSim(Watch):
             self.redis.executions,
             sum(proxy.asked for proxy in self.proxies),
             tuple(faults.done),
+            tuple(self.redis.clock_steps_ms),
             self.redis.history.hexdigest(),
         )
 

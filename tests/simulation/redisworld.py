@@ -67,6 +67,8 @@ class RedisWorld:
         self.history = hashlib.blake2b(digest_size=8)
         self.calm_from_s = 0.0
         """When the last fault of any kind ends or has ended."""
+        self.clock_steps_ms: list[float] = []
+        """How the server's clock was set, one after the other."""
         self.primary = self._node(Store(), 0.0)
 
     def _node(self, store: Store, skew_ms: float) -> Node:
@@ -131,6 +133,7 @@ class RedisWorld:
 
     def step_clock(self, by_ms: float) -> None:
         """Set the server's clock."""
+        self.clock_steps_ms.append(by_ms)
         self.primary.skew_ms += by_ms
         self.trouble(self.timeline.now_s)
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.simulation.conftest import seeds, told
+from tests.simulation.conftest import clock_steps, seeds, told
 from tests.simulation.leadersim import LeaderSim
 from tests.simulation.luahost import LuaHost
 
@@ -22,6 +22,7 @@ FRESH_SEEDS = 15
 def test_one_leader_writes_in_every_history(host: LuaHost) -> None:
     """Old leaders are refused, epochs are unique, and in the end what is wanted runs."""
     began_s, scripts, elections = time.perf_counter(), 0, 0
+    steps_ms: list[float] = []
     tried = seeds(KNOWN_SEEDS, FRESH_SEEDS)
     for seed in tried:
         try:
@@ -30,12 +31,13 @@ def test_one_leader_writes_in_every_history(host: LuaHost) -> None:
             raise AssertionError(f"replay with SEED={seed}: {error}") from error
         scripts += sim.redis.executions
         elections += sim.elections
+        steps_ms += sim.redis.clock_steps_ms
         if len(tried) == 1:
             print(seed, sim.kind, sim.faults)  # noqa: T201 - a replay is for a reader
     took_s = time.perf_counter() - began_s
     print(  # noqa: T201 - figures for the reader
         f"\nseeds {told(tried)}: {scripts} scripts checked, {elections} "
-        f"elections, {len(tried) / took_s:.1f} seeds/s"
+        f"elections, {clock_steps(steps_ms)}, {len(tried) / took_s:.1f} seeds/s"
     )
     assert elections >= len(tried)
 

@@ -26,6 +26,7 @@ from shared.models.replica import Replica, ReplicaState
 from shared.models.routing import Beat, Lease, ModelSpec, Snapshot
 from shared.registry.ledger import (
     BUSY,
+    MAX_CANDIDATES,
     NONE,
     Adopt,
     BatchReply,
@@ -123,7 +124,8 @@ class MemoryLedger:
             return True
         if op.request in self.held:
             return self.held[op.request].rid
-        counts = {rid: 0 for rid in self.ready if rid not in op.exclude}
+        heeded = op.exclude[-MAX_CANDIDATES:]
+        counts = {rid: 0 for rid in self.ready if rid not in heeded}
         if not counts:
             return NONE
         for lease in self.held.values():

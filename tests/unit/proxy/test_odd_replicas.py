@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from shared.registry.ledger import MAX_CANDIDATES, Adopt
 from tests.support.waiting import wait_until
 from tests.unit.proxy.engine import Engine, Exchanged
 from tests.unit.proxy.rig import Rig, replica
@@ -73,6 +74,19 @@ async def test_replica_that_the_table_lacks() -> None:
             answer = await asyncio.wait_for(rig.chat(), PATIENCE_S)
             assert answer.status_code == 200
         await wait_until(rig.idle)
+
+
+async def test_more_strangers_than_can_be_excluded() -> None:
+    """However many unknown replicas the ledger offers, a request is soon sent by the table."""
+    async with Engine() as engine, Rig(engine) as rig:
+        strangers = {f"ghost-{n}": replica(f"ghost-{n}", "") for n in range(1000)}
+        rig.ledger.ready = {**strangers, "demo-0": rig.replicas[0]}
+        answer = await asyncio.wait_for(rig.chat(), PATIENCE_S)
+        assert answer.status_code == 200
+        assert len(rig.ledger.reserves()) == MAX_CANDIDATES + 1
+        await wait_until(rig.idle)
+        told = [op for batch in rig.ledger.batches for op in batch if isinstance(op, Adopt)]
+        assert {op.rid for op in told} == {"demo-0"}
 
 
 async def test_replica_that_the_table_learns_of() -> None:
