@@ -7,6 +7,7 @@ loop makes them in a thread.
 import resource
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Any, Final, Self, cast
 
@@ -18,6 +19,8 @@ from tests.support.waiting import wait_until_sync
 SERVICE: Final = "mymaster"
 DOWN_AFTER_MS: Final = 1000
 NODE_TIMEOUT_MS: Final = 1500
+ACCEPTED_S: Final = 20.0
+"""Within this a Sentinel agrees to a failover: it asks its servers for news every ten seconds."""
 
 
 class Server(RedisServer):
@@ -60,6 +63,14 @@ class Server(RedisServer):
         """Tell whether it is a replica with its primary's data."""
         role = self.command("ROLE")
         return bool(role[0] == b"slave" and role[3] == b"connected")
+
+    def leads(self) -> bool:
+        """Tell whether it answers as a primary."""
+        try:
+            role = self.command("ROLE")
+        except redis.RedisError:
+            return False
+        return bool(role[0] == b"master")
 
     def __enter__(self) -> Self:
         return self
@@ -104,13 +115,28 @@ class Sentinels:
         return f"redis+sentinel://{hosts}/{SERVICE}"
 
     def ask(self, number: int, *parts: str) -> Any:  # noqa: ANN401 - any reply
-        """Ask one Sentinel; None if it does not answer."""
+        """Ask one Sentinel; None if it does not answer. An error that it answers is raised."""
         with redis.Redis(host="127.0.0.1", port=self.ports[number], protocol=2) as client:
             cast("Any", client).response_callbacks.clear()  # replies as they are sent
             try:
                 return cast("Any", client).execute_command(*parts)
-            except (redis.ConnectionError, redis.ResponseError):
+            except redis.ConnectionError:
                 return None
+
+    def fail_over(self) -> None:
+        """Have the primary swapped; a Sentinel refuses while it has seen no good replica yet."""
+        deadline_s = time.monotonic() + ACCEPTED_S
+        while True:
+            try:
+                if self.ask(0, "SENTINEL", "FAILOVER", SERVICE) is not None:
+                    return
+            except redis.ResponseError as error:
+                if str(error).startswith("INPROG"):
+                    return
+                if time.monotonic() > deadline_s:
+                    raise
+            assert time.monotonic() < deadline_s, "the first Sentinel does not answer"
+            time.sleep(0.1)
 
     def primary(self) -> Server:
         """Give the server that the first Sentinel calls primary."""
@@ -192,6 +218,10 @@ class Cluster:
             if low <= slot <= high:
                 return next(n for n, each in enumerate(self.nodes) if each.port == primary[1])
         return -1
+
+    def primaries(self) -> list[int]:
+        """Tell which of the nodes are primaries."""
+        return [number for number, node in enumerate(self.nodes) if node.leads()]
 
     def move(self, slot: int, target: int) -> int:
         """Move a slot with all its keys, one by one; returns how many."""

@@ -4,7 +4,9 @@ A server here belongs to the test session that started it. Nothing is written ou
 folder, and nothing that runs on the machine already is touched.
 """
 
+import contextlib
 import importlib
+import random
 import shutil
 import socket
 import subprocess
@@ -16,6 +18,11 @@ import redis
 
 START_DEADLINE_S: Final = 15.0
 SLOTS: Final = 16384
+BUS: Final = 10_000
+"""The port of a node's cluster bus is so much above its own."""
+LOG_BYTES: Final = 1000
+_FIRST_PORT, _LAST_PORT = 10_000, 18_000
+_given: Final[set[int]] = set()
 
 
 def redis_binary() -> str | None:
@@ -34,12 +41,20 @@ def any_binary() -> str:
 
 
 def free_port() -> int:
-    """Ask the kernel for a free port, low enough that a cluster bus (port + 10000) exists too."""
+    """Find a free port, given to nobody in this process before; that of a cluster's bus is, too.
+
+    Both are outside the ranges of engines, of meshes, and of outgoing connections: no client can
+    take the port of a server while a test has it down, and no watcher of a dead server finds
+    another one in its place.
+    """
     while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
-        if port < 55000:
+        port = random.randrange(_FIRST_PORT, _LAST_PORT)
+        if port in _given:
+            continue
+        _given.add(port)
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            for each in (port, port + BUS):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", each))
             return port
 
 
@@ -76,9 +91,25 @@ class RedisServer:
         return client
 
     def command(self, *parts: str | int) -> Any:  # noqa: ANN401 - any reply
-        """Run one command over a connection of its own."""
+        """Run one command over a connection of its own; an error tells the server's fate."""
         with self.client() as client:
-            return cast("Any", client).execute_command(*parts)
+            try:
+                return cast("Any", client).execute_command(*parts)
+            except redis.ConnectionError as error:
+                error.add_note(self.fate())
+                raise
+
+    def fate(self) -> str:
+        """Tell how the process is, and what it said last."""
+        if self._process is None:
+            state = "was killed by the test"
+        else:
+            code = self._process.poll()
+            state = "runs" if code is None else f"ended with {code}"
+        return f"the server at port {self.port} {state}; its log ends:\n{self._said()}"
+
+    def _said(self) -> str:
+        return self._log.read_text(errors="replace")[-LOG_BYTES:]
 
     def start(self) -> None:
         """Start the process (again) and wait until it answers."""
@@ -90,7 +121,7 @@ class RedisServer:
                 self.command("PING")
             except (redis.ConnectionError, redis.BusyLoadingError):
                 if self._process.poll() is not None or time.monotonic() > deadline:
-                    raise AssertionError(f"no server: {self._log.read_text()[-500:]}") from None
+                    raise AssertionError(self.fate()) from None
                 time.sleep(0.02)
             else:
                 return

@@ -84,9 +84,12 @@ async def test_more_strangers_than_can_be_excluded() -> None:
         answer = await asyncio.wait_for(rig.chat(), PATIENCE_S)
         assert answer.status_code == 200
         assert len(rig.ledger.reserves()) == MAX_CANDIDATES + 1
+
+        def adopted() -> set[str]:
+            return {op.rid for batch in rig.ledger.batches for op in batch if isinstance(op, Adopt)}
+
+        await wait_until(lambda: adopted() == {"demo-0"}, what="the ledger is told")
         await wait_until(rig.idle)
-        told = [op for batch in rig.ledger.batches for op in batch if isinstance(op, Adopt)]
-        assert {op.rid for op in told} == {"demo-0"}
 
 
 async def test_replica_that_the_table_learns_of() -> None:
