@@ -45,7 +45,7 @@ local total = 0
 for _, count in ipairs(redis.call('HVALS', wait)) do
   total = total + whole(count, 0, 0, 1e9)
 end
--- A beat far in the future comes from a clock that went back: ledger/suspects mends it.
+-- A beat in the future comes from a clock that went back: ledger/suspects mends it.
 local silent = redis.call('ZCOUNT', px, '-inf', '(' .. digits(now - silence))
-  + redis.call('ZCOUNT', px, '(' .. digits(now + silence), '+inf')
+  + redis.call('ZCOUNT', px, '(' .. digits(now), '+inf')
 return { 'OK', leases, version or '0', known, total, silent }

@@ -24,7 +24,7 @@ redis.call('ZREM', suspect, '')
 local now = now_ms()
 for _, key in ipairs({ px, suspect }) do
   -- Times in the future come from a clock that went back: they count from now on.
-  local ahead = '(' .. digits(now + silence)
+  local ahead = '(' .. digits(now)
   for _, proxy in ipairs(redis.call('ZRANGEBYSCORE', key, ahead, '+inf', 'LIMIT', '0', '100')) do
     redis.call('ZADD', key, digits(now), proxy)
   end
