@@ -27,10 +27,14 @@ ENGINE_HOME := $(or $(REDMESH_ENGINE_HOME),.engine)
 PEERS := .tools/peers
 # How many tests may run at the same time, where they share the machine without harm.
 JOBS ?= $(shell nproc)
-SHARED := $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile
+SHARED := $(BIN)/pytest --dist loadfile --numprocesses
+# One more than cores where tests mostly wait: for engines that load, for faults that last.
+WAITING := $(shell echo $$(( $(JOBS) > 1 ? $(JOBS) + 1 : 1 )))
 
 # An active environment of the calling shell is not the one meant.
 unexport VIRTUAL_ENV
+# Our own modules are compiled once, too, and not by each of a mesh's processes.
+unexport PYTHONDONTWRITEBYTECODE
 export UV_PYTHON_DOWNLOADS := never
 # Where the machine has certificates of its own, trust those: a company's proxy is among them.
 ifneq ($(wildcard /etc/ssl/certs/ca-certificates.crt),)
@@ -93,19 +97,19 @@ lint: setup system ## Run ruff, pyright, import-linter and luacheck
 .PHONY: test-fast
 test-fast: setup system ## Run the tests that need neither vLLM nor a mesh, with coverage
 	rm -f .coverage .coverage.*
-	$(SHARED) -m "not (engine or mesh or alone or long)" --cov --cov-report=term --durations=10 $(PYTEST)
+	$(SHARED) $(WAITING) -m "not (engine or mesh or alone or long)" --cov --cov-report=term --durations=10 $(PYTEST)
 
 .PHONY: test-slow
 test-slow: test-shared test-alone ## Run all other tests
 
 .PHONY: test-shared
-test-shared: setup system ## Run whole meshes and long computations, several at a time
-	$(SHARED) -m long $(PYTEST)
-	$(SHARED) -m "mesh and not (engine or alone)" --durations=15 $(PYTEST)
+test-shared: setup system engine ## Run long computations and whole meshes, real vLLM too, several at a time
+	$(SHARED) $(JOBS) -m long $(PYTEST)
+	$(SHARED) $(WAITING) -m "(mesh or engine) and not alone" --durations=15 $(PYTEST)
 
 .PHONY: test-alone
-test-alone: setup system engine ## Run the tests on real vLLM, under load, and those that keep bounds in seconds
-	$(BIN)/pytest -m "engine or alone" --durations=15 $(PYTEST)
+test-alone: setup system ## Run the tests under load, and those that keep tight bounds, one after another
+	$(BIN)/pytest -m alone --durations=15 $(PYTEST)
 
 ##@ Measure
 

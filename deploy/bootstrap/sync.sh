@@ -5,7 +5,9 @@ set -euo pipefail
 
 export UV_PYTHON_DOWNLOADS=never
 unset VIRTUAL_ENV # a shell's active environment is not the one meant
-options=(--frozen --extra all --quiet)
+# Compiled now, once: where the environment forbids Python to keep bytecode (containers often do),
+# each of the hundreds of processes that the tests start would compile the same modules again.
+options=(--frozen --extra all --quiet --compile-bytecode)
 # A .venv that works stays with its Python; only a new one has to choose.
 if ! can_run "$repository/.venv/bin/python"; then
   options+=(--python "$(find_python)")
