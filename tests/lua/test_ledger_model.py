@@ -14,6 +14,8 @@ from tests.lua.exercise import lead
 from tests.lua.interleaving import Interleaving
 from tests.support.servers import RedisServer
 
+pytestmark = pytest.mark.long
+
 RUNS = {"redis": 80, "valkey": 60, "cluster": 60, "fake": 10}
 """Seeds per kind of server."""
 STEPS = 120

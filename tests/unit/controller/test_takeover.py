@@ -21,6 +21,8 @@ from tests.support.servers import RedisServer
 from tests.unit.controller.fleet import declared, host
 from tests.unit.controller.stage import Outcome, Saved, Seat, Stage
 
+pytestmark = pytest.mark.long
+
 REPLICAS = 3
 QUIET_S = 4
 """Longer than anything of a plan waits, except where a failed record is kept."""
