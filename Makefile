@@ -104,7 +104,7 @@ test-slow: test-shared test-alone ## Run all other tests
 
 .PHONY: test-shared
 test-shared: setup system engine ## Run long computations and whole meshes, real vLLM too, several at a time
-	$(SHARED) $(JOBS) -m long $(PYTEST)
+	$(BIN)/pytest --dist worksteal --numprocesses $(JOBS) -m long $(PYTEST)
 	$(SHARED) $(WAITING) -m "(mesh or engine) and not alone" --durations=15 $(PYTEST)
 
 .PHONY: test-alone

@@ -1,4 +1,4 @@
-"""One mesh for all drills of a run: it has to survive them all."""
+"""One mesh for all drills of a file: it has to survive them all."""
 
 from collections.abc import Generator
 

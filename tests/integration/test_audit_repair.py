@@ -10,7 +10,7 @@ from tests.support.mesh import Mesh, sim_model, start, write_models
 from tests.support.streams import Load
 from tests.support.waiting import wait_until
 
-pytestmark = [pytest.mark.mesh, pytest.mark.alone]
+pytestmark = pytest.mark.mesh
 
 MODEL = "audited"
 USERS = 12

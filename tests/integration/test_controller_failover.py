@@ -24,7 +24,7 @@ from shared.registry import Registry
 from tests.support.mesh import Mesh, left_behind, ready_replicas, sim_model, start, write_models
 from tests.support.waiting import wait_until
 
-pytestmark = [pytest.mark.mesh, pytest.mark.alone, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.mesh, pytest.mark.timeout(180)]
 
 MODEL: Final = "sim"
 REPLICAS: Final = 3

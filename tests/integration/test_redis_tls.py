@@ -87,7 +87,6 @@ async def test_only_a_server_that_can_be_verified_is_talked_to(
 
 
 @pytest.mark.mesh
-@pytest.mark.alone
 @pytest.mark.timeout(180)
 async def test_certificate_and_password_are_rotated(guarded: Guarded, tmp_path: Path) -> None:
     """Both are replaced, then every connection ends: new ones are made, and no request notices."""

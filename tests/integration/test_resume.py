@@ -34,7 +34,7 @@ NUMBER: Final = re.compile(rb"(?m)^id: \d+\n")
 PLACES: Final = (0, 1, 5, 17, None)
 """Events that clients say to have seen; None: all that they did."""
 
-pytestmark = [pytest.mark.mesh, pytest.mark.alone, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.mesh, pytest.mark.timeout(120)]
 
 
 @pytest.fixture
