@@ -101,6 +101,11 @@ class Metrics:
             "Resumable streams that this proxy generates now.",
             registry=r,
         )
+        self.carried = Gauge(
+            "redmesh_proxy_carried_streams",
+            "Streams whose tokens are carried in compiled code now.",
+            registry=r,
+        )
         self.ejections = Tallies(
             "redmesh_proxy_ejections", "Replicas ejected locally.", ("model",), registry=r
         )

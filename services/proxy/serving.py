@@ -242,6 +242,7 @@ class Fleet:
     def collect(self) -> None:
         """Bring the gauges up to date, before they are shown."""
         now_s = self._loop.time()
+        self.metrics.carried.set(0 if self.carrier is None else self.carrier.streams)
         for served in self.served():
             model = served.model
             self.metrics.in_flight.labels(model).set(len(served.exchanges))
