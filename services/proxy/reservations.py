@@ -41,7 +41,7 @@ from shared.registry.ledger import (
 RESERVE_DEADLINE_S: Final = 0.1
 BATCH_LIMIT: Final = 64
 BATCHES_UNDER_WAY: Final = 2
-LINGER_S: Final = 0.02
+LINGER_S: Final = 0.005
 """A release without a reserve to travel with waits this long for one: under light load that halves
 the calls, and nobody waits for a release."""
 
