@@ -20,13 +20,13 @@ can_run() {
 # the system's own, then those on PATH. Debian's is built with profiling and link-time optimisation;
 # what pyenv compiles is not unless it was told to, and takes half as long again for all we do.
 pythons() {
-  local name
+  local name system=${SYSTEM_PYTHON-/usr/bin/python3}
   if [ -n "${PYTHON:-}" ]; then
     can_run "$PYTHON" || die "PYTHON=$PYTHON does not run, or is older than 3.11"
     command -v "$PYTHON"
     return
   fi
-  for name in /usr/bin/python3 python3 python3.11 python3.12 python3.13 python3.14 python; do
+  for name in ${system:+"$system"} python3 python3.11 python3.12 python3.13 python3.14 python; do
     if can_run "$name"; then
       command -v "$name"
     fi

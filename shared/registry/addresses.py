@@ -65,8 +65,8 @@ def parse(url: str) -> Address:
     plain_scheme, _, kind = scheme.partition("+")
     topology = Topology(kind) if kind else Topology.SINGLE
     try:
-        parts = urlsplit(url)
-        nodes = _nodes(parts, SENTINEL_PORT if topology is Topology.SENTINEL else PORT)
+        authority, parts = _split(url)
+        nodes = _nodes(authority, SENTINEL_PORT if topology is Topology.SENTINEL else PORT)
     except ValueError:
         raise InvalidInputError(
             "redis_url is not valid: its hosts do not parse. Use "
@@ -92,7 +92,7 @@ def parse(url: str) -> Address:
     options = parse_qsl(parts.query, keep_blank_values=True)
     login = {name.partition("_")[2]: text for name, text in options if name in _SENTINEL_OPTIONS}
     query = urlencode([pair for pair in options if pair[0] not in _SENTINEL_OPTIONS])
-    user, at, _ = parts.netloc.rpartition("@")
+    user, at, _ = authority.rpartition("@")
     return Address(
         topology=topology,
         nodes=nodes,
@@ -106,16 +106,27 @@ def parse(url: str) -> Address:
 def shown_url(url: str) -> str:
     """Return the URL without user, password and query."""
     try:
-        parts = urlsplit(url)
-        nodes = _nodes(parts, 0)
+        authority, parts = _split(url)
+        nodes = _nodes(authority, 0)
     except ValueError:
         return INVALID
     return f"{parts.scheme}://{','.join(_shown_node(*node) for node in nodes)}{parts.path}"
 
 
-def _nodes(parts: SplitResult, default_port: int) -> tuple[tuple[str, int], ...]:
+def _split(url: str) -> tuple[str, SplitResult]:
+    """Give the authority of a URL, and its other parts; raises ValueError.
+
+    `urlsplit` refuses several hosts of which one is in brackets: since 3.11.4, and as Debian
+    patches it.
+    """
+    scheme, _, rest = url.partition("://")
+    end = min((at for mark in "/?#" if (at := rest.find(mark)) >= 0), default=len(rest))
+    return rest[:end], urlsplit(f"{scheme}://{rest[end:]}")
+
+
+def _nodes(authority: str, default_port: int) -> tuple[tuple[str, int], ...]:
     """Read the hosts of a URL; raises ValueError."""
-    hosts = parts.netloc.rpartition("@")[2]
+    hosts = authority.rpartition("@")[2]
     found = [urlsplit(f"//{host}") for host in hosts.split(",")]
     return tuple((each.hostname or "", each.port or default_port) for each in found)
 

@@ -84,7 +84,7 @@ class Stream:
 
     def take_output(self) -> None:
         """Read what was carried to the client."""
-        with contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(OSError):  # nothing is there, or the client has left
             while got := self.client.recv(1 << 20):
                 self.out += got
 

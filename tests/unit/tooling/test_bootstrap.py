@@ -23,6 +23,7 @@ class Machine:
             found = shutil.which(name)
             assert found is not None
             (self.bin / name).symlink_to(found)
+        self.env: dict[str, str] = {}
         self.has("id", "echo 1000")
 
     def has(self, name: str, script: str, *, folder: Path | None = None) -> None:
@@ -37,7 +38,7 @@ class Machine:
         path = self.clone / "deploy" / "bootstrap" / script
         return subprocess.run(
             [str(self.bin / "bash"), str(path), *words],
-            env={"PATH": str(self.bin), "TMPDIR": str(self.clone)},
+            env={"PATH": str(self.bin), "TMPDIR": str(self.clone), "SYSTEM_PYTHON": "", **self.env},
             capture_output=True,
             text=True,
             timeout=30,
@@ -94,6 +95,24 @@ esac""",
     ended = machine.runs("uv.sh")
     assert ended.returncode == 0, ended.stderr
     assert (machine.clone / ".tools" / "bin" / "uv").exists()
+
+
+def test_the_systems_python_comes_first(machine: Machine, tmp_path: Path) -> None:
+    """It is used before that on PATH, unless PYTHON names another, which must be new enough."""
+    machine.has("python3", "exit 0")
+    machine.has("python3", "exit 0", folder=tmp_path / "system")
+    machine.has("old", "exit 1")
+    (machine.clone / "deploy" / "bootstrap" / "say.sh").write_text(
+        '. "$(dirname "$0")/common.sh"\nfind_python\n'
+    )
+    machine.env = {"SYSTEM_PYTHON": str(tmp_path / "system" / "python3")}
+    assert machine.runs("say.sh").stdout.strip() == machine.env["SYSTEM_PYTHON"]
+    machine.env["PYTHON"] = "python3"
+    assert machine.runs("say.sh").stdout.strip() == str(machine.bin / "python3")
+    machine.env["PYTHON"] = "old"
+    ended = machine.runs("say.sh")
+    assert ended.returncode == 1
+    assert "PYTHON=old does not run, or is older than 3.11" in ended.stderr
 
 
 def test_nothing_is_done_twice(machine: Machine) -> None:
