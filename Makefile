@@ -108,7 +108,7 @@ test-shared: setup system engine ## Run long computations and whole meshes, real
 	$(SHARED) $(WAITING) -m "(mesh or engine) and not alone" --durations=15 $(PYTEST)
 
 .PHONY: test-alone
-test-alone: setup system ## Run the tests under load, and those that keep tight bounds, one after another
+test-alone: setup system engine ## Run the tests under load, and those that keep tight bounds, one after another
 	$(BIN)/pytest -m alone --durations=15 $(PYTEST)
 
 ##@ Measure

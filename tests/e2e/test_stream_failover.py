@@ -195,6 +195,7 @@ async def test_sampled_streams_go_on(mesh: Mesh) -> None:
             assert PROMPT not in got.text
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(600)
 async def test_fifty_streams_outlive_their_engines(mesh: Mesh, faq: dict[str, str]) -> None:
     """Engines are killed for a minute; every stream ends as if nothing had happened."""
