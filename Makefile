@@ -103,13 +103,13 @@ test-fast: setup system ## Run the tests that need neither vLLM nor a mesh, with
 test-slow: test-shared test-alone ## Run all other tests
 
 .PHONY: test-shared
-test-shared: setup system engine ## Run long computations and whole meshes, real vLLM too, several at a time
+test-shared: setup system ## Run long computations and whole meshes, several at a time
 	$(BIN)/pytest --dist worksteal --numprocesses $(JOBS) -m long $(PYTEST)
-	$(SHARED) $(WAITING) -m "(mesh or engine) and not alone" --durations=15 $(PYTEST)
+	$(SHARED) $(JOBS) -m "mesh and not (engine or alone)" --durations=15 $(PYTEST)
 
 .PHONY: test-alone
-test-alone: setup system engine ## Run the tests under load, and those that keep tight bounds, one after another
-	$(BIN)/pytest -m alone --durations=15 $(PYTEST)
+test-alone: setup system engine ## Run the tests on real vLLM, under load, and with tight bounds, one after another
+	$(BIN)/pytest -m "engine or alone" --durations=15 $(PYTEST)
 
 ##@ Measure
 

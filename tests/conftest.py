@@ -14,13 +14,11 @@ import blockbuster
 import hypothesis
 import pytest
 import structlog
-from xdist.remote import Producer  # pyright: ignore[reportMissingTypeStubs] - it has none
 
 from shared.registry import Registry, open_registry
 from shared.secret import Secret
 from shared.settings import CommonSettings
 from tests.support.keycheck import key_problems
-from tests.support.lanes import Lanes
 from tests.support.servers import RedisServer, Servers
 
 # Where `CI` is set Hypothesis would try the same examples each time. Everywhere they are new ones,
@@ -29,12 +27,6 @@ hypothesis.settings.register_profile(
     "redmesh", hypothesis.settings.get_profile("default"), print_blob=True
 )
 hypothesis.settings.load_profile("redmesh")
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Lanes | None:
-    """Give each file to one worker, where that was asked for, and real vLLM to one as well."""
-    return Lanes(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 @pytest.fixture(autouse=True)

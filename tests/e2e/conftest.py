@@ -25,17 +25,12 @@ def engine_python() -> Path:
 
 @pytest.fixture(scope="session")
 def mesh(engine_python: Path) -> Generator[Mesh]:
-    """Serve the demo model on two replicas of real vLLM behind two proxies.
-
-    An engine that starts keeps a core busy for a minute. Where other meshes run beside this one,
-    they go first: what is measured there are seconds, and here mostly whether it comes at all.
-    """
+    """Serve the demo model on two replicas of real vLLM behind two proxies."""
     with start(
         ROOT / "deploy" / "models" / "demo.json",
         engine="vllm",
         env={"REDMESH_ENGINE_PYTHON": str(engine_python)},
         timeout_s=300,
-        prefix=("nice", "-n", "10"),
     ) as running:
         yield running
 

@@ -55,14 +55,11 @@ class Done(msgspec.Struct, frozen=True):
 
 
 def redmesh(
-    *arguments: str | Path,
-    env: Mapping[str, str] | None = None,
-    timeout_s: float = 60.0,
-    prefix: Sequence[str] = (),
+    *arguments: str | Path, env: Mapping[str, str] | None = None, timeout_s: float = 60.0
 ) -> Done:
     """Run the real command in the repository, with nothing of the caller's `REDMESH_*`."""
     done = subprocess.run(
-        [*prefix, REDMESH, *map(str, arguments)],
+        [REDMESH, *map(str, arguments)],
         cwd=ROOT,
         env=environment(env),
         capture_output=True,
@@ -238,12 +235,8 @@ def start(
     env: Mapping[str, str] | None = None,
     options: Sequence[str] = (),
     timeout_s: float = 60.0,
-    prefix: Sequence[str] = (),
 ) -> Generator[Mesh]:
-    """Run a mesh while the block runs; afterwards nothing of it may be left.
-
-    All its processes are started behind the command `prefix`, such as `nice`.
-    """
+    """Run a mesh while the block runs; afterwards nothing of it may be left."""
     mark = uuid.uuid4().hex
     with tempfile.TemporaryDirectory(prefix="redmesh-test-", ignore_cleanup_errors=True) as folder:
         mesh = Mesh(Path(folder) / "state", free_ports(proxies), proxies, mark, env or {})
@@ -254,7 +247,6 @@ def start(
             *("--hosts", str(hosts), "--state-dir", mesh.state.path, *options),
             env={MARK: mark, **(env or {})},
             timeout_s=timeout_s + 60,
-            prefix=prefix,
         )
         try:
             assert done.code == 0, f"{done}\n{mesh.logs()}"
