@@ -64,7 +64,7 @@ down: setup ## Stop a mesh that was started detached
 setup: ## Install uv into .tools and the locked packages into .venv (PYTHON=… chooses another Python)
 	@deploy/bootstrap/uv.sh
 	@deploy/bootstrap/sync.sh
-	@$(BIN)/python -m services.proxy.carrier.library
+	@$(BIN)/python -m services.proxy.carrier.compiled
 
 .PHONY: engine
 engine: setup ## Install vLLM into an environment of its own, .engine
@@ -74,7 +74,7 @@ engine: setup ## Install vLLM into an environment of its own, .engine
 .PHONY: system
 system: setup ## Install the system packages that the tests need (as root), or name them
 	@deploy/bootstrap/system.sh tests
-	@$(BIN)/python -m services.proxy.carrier.library
+	@$(BIN)/python -m services.proxy.carrier.compiled
 
 ##@ Check
 
@@ -116,7 +116,7 @@ test-alone: setup system engine ## Run the tests on real vLLM, under load, and w
 .PHONY: bench
 bench: setup ## Measure what the proxy costs, in turns with nginx and the peers (half an hour, two quiet cores)
 	@deploy/bootstrap/system.sh bench || echo "going on: what is missing is said below"
-	@$(BIN)/python -m services.proxy.carrier.library
+	@$(BIN)/python -m services.proxy.carrier.compiled
 	@exec $(BIN)/python -m tests.bench $(BENCH)
 
 .PHONY: bench-peers

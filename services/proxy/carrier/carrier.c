@@ -50,7 +50,7 @@ struct carrier {
   struct {
     uint64_t kind, bytes;
     const char *data;
-  } left; /* of the stream that was given back last; Python reads it (library.Left) */
+  } left; /* of the stream that was given back last; Python reads it (compiled.Left) */
   struct epoll_event events[READY];
   char in[IN_BYTES];
   char out[OUT_BYTES];

@@ -16,7 +16,7 @@ import ctypes
 from array import array
 from typing import Any, Final, NamedTuple, Protocol
 
-from services.proxy.carrier.library import load
+from services.proxy.carrier.compiled import load
 
 ENDED: Final = 0
 UNUSUAL: Final = 1

@@ -12,7 +12,7 @@ from typing import Final
 
 import pytest
 
-from services.proxy.carrier import carrying, library
+from services.proxy.carrier import carrying, compiled
 from services.proxy.carrier.carrying import MAX_OFFERS, PASSED_ON, Carried, Carrier, Told
 from services.proxy.continuation.tape import Options, Tape
 from services.proxy.framing import Chunks
@@ -39,7 +39,7 @@ IDS: Final = ("[1]", "[0]", "[31999]", "[999999999]", "[4294967295]", "[7,8]", "
 @pytest.fixture
 async def carrier() -> AsyncGenerator[Carrier]:
     """Give a carrier of the test's loop."""
-    library.build()
+    compiled.build()
     made = carrying.make_carrier(asyncio.get_running_loop())
     assert made is not None
     yield made
@@ -391,24 +391,24 @@ def test_without_a_compiler_nothing_is_carried(
 ) -> None:
     """The installation says so and goes on; a source that does not compile says why."""
     copy = tmp_path / "carrier.c"
-    shutil.copy(library.SOURCE, copy)
-    monkeypatch.setattr(library, "SOURCE", copy)
-    assert library.load() is None
+    shutil.copy(compiled.SOURCE, copy)
+    monkeypatch.setattr(compiled, "SOURCE", copy)
+    assert compiled.load() is None
     loop = asyncio.new_event_loop()
     assert carrying.make_carrier(loop) is None
     loop.close()
     monkeypatch.setenv("PATH", "")
-    assert library.main() == 0
+    assert compiled.main() == 0
     assert "no C compiler (apt-get install gcc" in capsys.readouterr().err
     monkeypatch.undo()
-    monkeypatch.setattr(library, "SOURCE", copy)
-    made = library.build()
-    assert library.load() is not None
+    monkeypatch.setattr(compiled, "SOURCE", copy)
+    made = compiled.build()
+    assert compiled.load() is not None
     copy.write_text(copy.read_text() + "/* another version */")
-    assert library.load() is None
-    assert library.build() != made
-    assert [path.name for path in tmp_path.glob("*.so")] == [library.library_path().name]
+    assert compiled.load() is None
+    assert compiled.build() != made
+    assert [path.name for path in tmp_path.glob("*.so")] == [compiled.library_path().name]
     copy.write_text("int broken(")
-    assert library.main() == 0
+    assert compiled.main() == 0
     assert "error" in capsys.readouterr().err
     assert len(list(tmp_path.iterdir())) == 2

@@ -2,7 +2,7 @@
 
 It is plain C behind ctypes: no Python headers are needed to compile it, and one file serves every
 version of Python. The file's name has a digest of source and flags in it, so that one of another
-version is never loaded. It is made at installation (`python -m services.proxy.carrier.library`);
+version is never loaded. It is made at installation (`python -m services.proxy.carrier.compiled`);
 where it is missing, streams are relayed in Python, which does the same.
 """
 
