@@ -264,6 +264,20 @@ async def enter(carrier: Carrier, stream: Stream) -> None:
     assert stream.source.carried is not None
 
 
+@pytest.mark.parametrize("data", [b"3\r\nx\n:\r\n", plain("x")[:-2] + b"xx", b"0\r\n\r\n", b"x"])
+async def test_what_is_no_whole_event_is_given_back(carrier: Carrier, data: bytes) -> None:
+    """Else a stream that breaks off could not be ended by an event of its own."""
+    stream = Stream(None)
+    stream.relay = len  # type: ignore[assignment, method-assign] - what is given back counts
+    await enter(carrier, stream)
+    stream.replica.sendall(data)
+    await wait_until(lambda: not stream.lent, what="it is given back")
+    assert (stream.backs, stream.events) == ([data], 0)
+    stream.take_output()
+    assert stream.out == b""
+    stream.close()
+
+
 async def test_a_slow_client_gets_everything_in_order(carrier: Carrier) -> None:
     """When its socket is full the stream is given back, with what did not fit, and paused."""
     stream = Stream(None)
