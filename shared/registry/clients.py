@@ -7,6 +7,7 @@ services run.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, cast
@@ -160,16 +161,19 @@ class _SentinelPool(  # pyright: ignore[reportIncompatibleMethodOverride] - of t
         await super().aclose()
         await self.sentinel_manager.aclose()
 
+    async def ensure_connection(self, connection: Any) -> None:  # noqa: ANN401 - as the library has it
+        """Make a connection ready; one to what is the primary no more is opened anew first.
+
+        Asked for each use: that the primary is another can be learnt by any connection in the
+        making, while others are in use, or on their way to where the primary was.
+        """
+        if connection.is_connected and (connection.host, connection.port) != self.master_address:
+            await connection.disconnect()
+        await cast("Any", super()).ensure_connection(connection)
+
     async def _follow(self) -> None:
-        before = self.master_address
-        try:
-            # This closes idle connections if it is another.
-            now = cast("tuple[str, int]", await cast("Any", self).get_master_address())
-        except TROUBLES:
-            return  # who needs a connection will say so
-        if before is not None and now != before:
-            for connection in cast("set[Any]", self._in_use_connections):
-                connection.mark_for_reconnect()
+        with contextlib.suppress(*TROUBLES):  # who needs a connection will say so
+            await cast("Any", self).get_master_address()
 
 
 class PasswordFile(CredentialProvider):
