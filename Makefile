@@ -4,7 +4,10 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
+# Targets run one after another, but for the lanes of `check`.
+ifndef LANES
 .NOTPARALLEL:
+endif
 MAKEFLAGS += --no-print-directory
 
 # Which engine `demo` runs: auto (vLLM), vllm, or sim (no weights, nothing to install).
@@ -30,6 +33,11 @@ JOBS ?= $(shell nproc)
 SHARED := $(BIN)/pytest --dist loadfile --numprocesses
 # One more than cores where tests mostly wait: for engines that load, for faults that last.
 WAITING := $(shell echo $$(( $(JOBS) > 1 ? $(JOBS) + 1 : 1 )))
+# What computes yields to what keeps time, when both run.
+YIELDING := nice -n 19
+TWO := $(if $(filter 1,$(JOBS)),1,2)
+IN_LANES := --jobs=$(TWO) --output-sync=line LANES=1
+IN_TURN := LANES=
 
 # An active environment of the calling shell is not the one meant.
 unexport VIRTUAL_ENV
@@ -45,7 +53,7 @@ endif
 help: ## Print this list
 	@awk 'BEGIN { FS = ":.*## " } \
 	  /^##@ / { printf "\n%s\n", substr($$0, 5) } \
-	  /^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	  /^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 ##@ Run
 
@@ -79,10 +87,12 @@ system: setup ## Install the system packages that the tests need (as root), or n
 ##@ Check
 
 .PHONY: test
-test: setup system engine check ## Install everything and run all that CI runs
+test: check ## Install everything and run all that CI runs
 
 .PHONY: check
-check: lint test-fast test-slow ## Lint, then run all tests
+check: setup system ## Lint, then run all tests, in two lanes: computing, and what keeps time
+	@$(MAKE) $(IN_LANES) lint engine
+	@$(MAKE) $(IN_LANES) test-computing test-timed
 
 .PHONY: lint
 lint: setup system ## Run ruff, pyright, import-linter and luacheck
@@ -94,22 +104,34 @@ lint: setup system ## Run ruff, pyright, import-linter and luacheck
 	$(BIN)/python -m shared.registry.scripts --out .state/lua
 	luacheck --quiet --config .luacheckrc .state/lua
 
+.PHONY: test-computing
+test-computing: setup system ## Run the tests that want nothing but cores, at the lowest priority
+	@$(MAKE) $(IN_TURN) test-fast test-long
+
+.PHONY: test-timed
+test-timed: setup system engine ## Run the tests on whole meshes and on real vLLM
+	@$(MAKE) $(IN_TURN) test-mesh test-alone test-engine
+
 .PHONY: test-fast
 test-fast: setup system ## Run the tests that need neither vLLM nor a mesh, with coverage
 	rm -f .coverage .coverage.*
-	$(SHARED) $(WAITING) -m "not (engine or mesh or alone or long)" --cov --cov-report=term --durations=10 $(PYTEST)
+	$(YIELDING) $(SHARED) $(WAITING) -m "not (engine or mesh or alone or long)" --cov --cov-report=term --durations=10 $(PYTEST)
 
-.PHONY: test-slow
-test-slow: test-shared test-alone ## Run all other tests
+.PHONY: test-long
+test-long: setup system ## Run long computations
+	$(YIELDING) $(BIN)/pytest --dist worksteal --numprocesses $(JOBS) -m "long and not (engine or mesh or alone)" $(PYTEST)
 
-.PHONY: test-shared
-test-shared: setup system ## Run long computations and whole meshes, several at a time
-	$(BIN)/pytest --dist worksteal --numprocesses $(JOBS) -m long $(PYTEST)
+.PHONY: test-mesh
+test-mesh: setup system ## Run whole meshes, several at a time
 	$(SHARED) $(JOBS) -m "mesh and not (engine or alone)" --durations=15 $(PYTEST)
 
 .PHONY: test-alone
-test-alone: setup system engine ## Run the tests on real vLLM, under load, and with tight bounds, one after another
-	$(BIN)/pytest -m "engine or alone" --durations=15 $(PYTEST)
+test-alone: setup system ## Run the tests that put the machine under load, one after another
+	$(BIN)/pytest -m "alone and not engine" --durations=15 $(PYTEST)
+
+.PHONY: test-engine
+test-engine: setup system engine ## Run the tests on real vLLM, on two meshes at a time
+	$(SHARED) $(TWO) -m engine --durations=15 $(PYTEST)
 
 ##@ Measure
 

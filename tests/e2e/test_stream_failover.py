@@ -1,28 +1,22 @@
 """Streams of real vLLM go on from another replica, byte for byte.
 
-Two proofs. A proxy in the test's own loop talks to one engine through two doors, of which the first
-slams after a given event: so every kind of request is cut at many places. And a whole mesh serves
-fifty streams at once while its engines are killed again and again.
+A proxy in the test's own loop talks to one engine through two doors, of which the first slams after
+a given event: so every kind of request is cut at many places. `test_engine_death` has a whole mesh
+whose engines are killed.
 """
 
-import asyncio
-import functools
 import json
-import os
-import signal
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
 import httpx
-import psutil
 import pytest
 
 from shared.secret import Secret, replica_api_key
 from tests.support.answers import Answer, read, same
 from tests.support.mesh import Mesh, ready_replicas
-from tests.support.waiting import wait_until
 from tests.unit.proxy.engine import Engine, Exchanged
 from tests.unit.proxy.rig import MODEL, Rig
 
@@ -34,11 +28,6 @@ PROMPT: Final = "What happens when a replica dies?"
 TOKENS: Final = 40
 CUTS: Final = (1, 2, 5, 14, 22, 30)
 """After which events the door slams: the first is a chat's role, or a completion's prompt."""
-STREAMS: Final = 50
-STORM_S: Final = 60.0
-LONGEST_STORM_S: Final = 300.0
-"""On a slow machine an engine takes a minute to come back, and can be killed again only then."""
-KILLS: Final = 3
 
 USAGE: Final = {"stream_options": {"include_usage": True}}
 KINDS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
@@ -193,78 +182,3 @@ async def test_sampled_streams_go_on(mesh: Mesh) -> None:
             assert (got.errors, got.done) == ([], True)
             assert got.usage["completion_tokens"] == TOKENS
             assert PROMPT not in got.text
-
-
-@pytest.mark.alone
-@pytest.mark.timeout(600)
-async def test_fifty_streams_outlive_their_engines(mesh: Mesh, faq: dict[str, str]) -> None:
-    """Engines are killed for a minute; every stream ends as if nothing had happened."""
-    questions = list(faq)[:STREAMS]
-    async with (
-        mesh.registry() as registry,
-        httpx.AsyncClient(timeout=180, limits=httpx.Limits(max_connections=2 * STREAMS)) as client,
-    ):
-
-        async def ask(number: int) -> Answer:
-            content = {"messages": [{"role": "user", "content": questions[number]}]}
-            asked = {**request(CHAT, USAGE), **content, "max_tokens": 120}
-            url = mesh.urls[number % len(mesh.urls)]
-            return read((await client.post(f"{url}{CHAT}", json=asked)).content)
-
-        wanted = await asyncio.gather(*(ask(number) for number in range(STREAMS)))
-        assert all(answer.finish for answer in wanted)
-        began_s = time.monotonic()
-        done = kills = 0
-
-        def rages() -> bool:
-            past_s = time.monotonic() - began_s
-            return past_s < STORM_S or (kills < KILLS and past_s < LONGEST_STORM_S)
-
-        async def user(number: int) -> None:
-            nonlocal done
-            while rages():
-                same(await ask(number), wanted[number])
-                done += 1
-
-        async def kill() -> None:
-            nonlocal kills
-            while rages():
-                ready = await ready_replicas(registry, "demo")
-                if len(ready) >= 2:
-                    victim = psutil.Process(next(iter(ready.values())).pid)
-                    core = kills % 2 == 1
-                    struck = _core(victim) if core else victim
-                    os.kill(struck.pid, signal.SIGKILL)
-                    kills += 1
-                    out = functools.partial(_without, registry, victim.pid)
-                    await wait_until(out, timeout_s=10, what="out of routing")
-                await asyncio.sleep(0.5)
-
-        async with asyncio.TaskGroup() as group:
-            group.create_task(kill())
-            for number in range(STREAMS):
-                group.create_task(user(number))
-        print(f"\n{done} streams whole and the same, {kills} engines killed")  # noqa: T201 - figures
-        assert kills >= KILLS
-        assert done >= STREAMS
-
-        async def restored() -> bool:
-            return len(await ready_replicas(registry, "demo")) == 2
-
-        await wait_until(restored, timeout_s=150, interval_s=0.2, what="replaced")
-    audit = await mesh.ask("audit")
-    assert audit.code == 0, audit
-
-
-async def _without(registry: Any, pid: int) -> bool:  # noqa: ANN401 - the mesh's registry
-    ready = await ready_replicas(registry, "demo")
-    return all(replica.pid != pid for replica in ready.values())
-
-
-def _core(process: psutil.Process) -> psutil.Process:
-    (core,) = (
-        each
-        for each in process.children(recursive=True)
-        if "EngineCore" in " ".join([each.name(), *each.cmdline()])
-    )
-    return core

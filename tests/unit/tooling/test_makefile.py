@@ -3,10 +3,21 @@
 import os
 import re
 import subprocess
+from itertools import combinations
 from pathlib import Path
+from typing import Final
+
+import pytest
+from _pytest.mark.expression import Expression
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 MAKEFILE = (REPOSITORY / "Makefile").read_text()
+MARKS: Final = ("engine", "mesh", "alone", "long")
+MARKED: Final = [
+    found[1] or found[2]
+    for found in re.finditer(r"^\t.* -m (?:\"(.+?)\"|([a-z]+) )", MAKEFILE, re.MULTILINE)
+]
+"""Which tests each run takes."""
 
 
 def make(*words: str) -> str:
@@ -49,6 +60,15 @@ def test_ci_runs_make_test() -> None:
     """CI runs the README's `make test` and nothing beside it; that installs, lints and tests."""
     ci = (REPOSITORY / ".ci" / "run").read_text()
     assert re.findall(r"^make .*$", ci, re.MULTILINE) == ["make test"]
-    steps = re.search(r"^test: (.*) ##", MAKEFILE, re.MULTILINE)
-    assert steps is not None
-    assert steps.group(1).split() == ["setup", "system", "engine", "check"]
+    printed = make("--dry-run", "test")
+    for step in ("uv.sh", "system.sh tests", "install.py", "pyright", "luacheck", *MARKED):
+        assert step in printed, step
+
+
+@pytest.mark.parametrize(
+    "marks", [set(c) for n in range(5) for c in combinations(MARKS, n)], ids=str
+)
+def test_every_test_is_run_once(marks: set[str]) -> None:
+    """Whatever a test is marked with, exactly one of the runs takes it."""
+    takes = [Expression.compile(each).evaluate(lambda name, **_: name in marks) for each in MARKED]
+    assert takes.count(True) == 1
