@@ -115,15 +115,15 @@ test-timed: setup system engine ## Run the tests on whole meshes and on real vLL
 .PHONY: test-fast
 test-fast: setup system ## Run the tests that need neither vLLM nor a mesh, with coverage
 	rm -f .coverage .coverage.*
-	$(YIELDING) $(SHARED) $(WAITING) -m "not (engine or mesh or alone or long)" --cov --cov-report=term --durations=10 $(PYTEST)
+	$(YIELDING) $(SHARED) $(WAITING) -m "not (engine or mesh or timed or alone or long)" --cov --cov-report=term --durations=10 $(PYTEST)
 
 .PHONY: test-long
 test-long: setup system ## Run long computations
-	$(YIELDING) $(BIN)/pytest --dist worksteal --numprocesses $(JOBS) -m "long and not (engine or mesh or alone)" $(PYTEST)
+	$(YIELDING) $(BIN)/pytest --dist worksteal --numprocesses $(JOBS) -m "long and not (engine or mesh or timed or alone)" $(PYTEST)
 
 .PHONY: test-mesh
-test-mesh: setup system ## Run whole meshes, several at a time
-	$(SHARED) $(JOBS) -m "mesh and not (engine or alone)" --durations=15 $(PYTEST)
+test-mesh: setup system ## Run whole meshes and what keeps bounds of seconds, several at a time
+	$(SHARED) $(JOBS) -m "(mesh or timed) and not (engine or alone)" --durations=15 $(PYTEST)
 
 .PHONY: test-alone
 test-alone: setup system ## Run the tests that put the machine under load, one after another

@@ -20,7 +20,7 @@ from tests.support.servers import RedisServer, any_binary
 from tests.support.standalone import ProxyProcess, declare, proxy
 from tests.support.waiting import wait_until
 
-pytestmark = [pytest.mark.mesh, pytest.mark.alone]
+pytestmark = pytest.mark.mesh
 
 MODEL: Final = "sim"
 REPLICAS: Final = 6

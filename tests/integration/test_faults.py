@@ -22,7 +22,7 @@ from tests.support.streams import Load, Report
 from tests.support.verdicts import Outcome
 from tests.support.waiting import wait_until
 
-pytestmark = [pytest.mark.mesh, pytest.mark.alone]
+pytestmark = pytest.mark.mesh
 
 MODEL = "sim"
 REPLICAS = 3

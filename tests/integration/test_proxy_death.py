@@ -49,7 +49,7 @@ FROZEN_TOKENS = 450
 SLACK_S = 2.5
 """Beats of about a second on either side of it, on a busy machine."""
 
-pytestmark = [pytest.mark.mesh, pytest.mark.alone, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.mesh, pytest.mark.timeout(120)]
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from tests.support.redis_topologies import Cluster
 from tests.support.redis_trial import under_load
 from tests.support.waiting import wait_until
 
-pytestmark = [pytest.mark.mesh, pytest.mark.alone, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.mesh, pytest.mark.timeout(240)]
 
 MODEL: Final = "sim"
 FAILOVER_BOUND_S: Final = 2.0

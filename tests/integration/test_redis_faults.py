@@ -24,7 +24,7 @@ from tests.support.redis_trial import Trial, under_load
 from tests.support.streams import Load
 from tests.support.waiting import wait_until
 
-pytestmark = [pytest.mark.mesh, pytest.mark.alone, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.mesh, pytest.mark.timeout(240)]
 
 MODEL: Final = "sim"
 REPLICAS: Final = 3

@@ -167,8 +167,11 @@ class Fleet:
         )
         assert isinstance(outcome, Written)
 
-    async def becomes(self, rid: str, state: ReplicaState, *, within_s: float = 20.0) -> None:
-        """Wait until the record of `rid` is in `state`."""
+    async def becomes(self, rid: str, state: ReplicaState, *, within_s: float = 60.0) -> None:
+        """Wait until the record of `rid` is in `state`.
+
+        Beside meshes an engine's start was seen to take more than twenty seconds.
+        """
 
         async def is_so() -> bool:
             return await self.state(rid) is state

@@ -5,6 +5,7 @@ import signal
 from collections.abc import Callable
 
 import msgspec
+import pytest
 
 from services.agent import proctree
 from services.agent.engine_http import request
@@ -49,6 +50,7 @@ async def _beats_from_now_on(fleet: Fleet, rid: str) -> None:
     await wait_until(newer, timeout_s=20)
 
 
+@pytest.mark.timed
 async def test_dead_engine_is_out_of_ready_within_a_second(
     fleet: Fleet, start_agent: StartAgent
 ) -> None:

@@ -247,6 +247,7 @@ async def test_convergence_after_an_outage() -> None:
         await wait_until(lambda: table.ver == 30)
 
 
+@pytest.mark.timed
 async def test_hint_of_an_unknown_model_reads_the_catalogue() -> None:
     """A hint for a model that is not in the catalogue has the catalogue read at once."""
     world = World()

@@ -12,7 +12,7 @@ from _pytest.mark.expression import Expression
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 MAKEFILE = (REPOSITORY / "Makefile").read_text()
-MARKS: Final = ("engine", "mesh", "alone", "long")
+MARKS: Final = ("engine", "mesh", "timed", "alone", "long")
 MARKED: Final = [
     found[1] or found[2]
     for found in re.finditer(r"^\t.* -m (?:\"(.+?)\"|([a-z]+) )", MAKEFILE, re.MULTILINE)
@@ -66,7 +66,7 @@ def test_ci_runs_make_test() -> None:
 
 
 @pytest.mark.parametrize(
-    "marks", [set(c) for n in range(5) for c in combinations(MARKS, n)], ids=str
+    "marks", [set(c) for n in range(6) for c in combinations(MARKS, n)], ids=str
 )
 def test_every_test_is_run_once(marks: set[str]) -> None:
     """Whatever a test is marked with, exactly one of the runs takes it."""
