@@ -8,6 +8,9 @@ from typing import Any, Final
 
 import msgspec
 
+MAX_ID: Final = 0xFFFF_FFFF
+"""The largest token id: 32 bits hold every vocabulary."""
+
 
 class Delta(msgspec.Struct, gc=False):
     """What a chat chunk adds to the message."""

@@ -1,8 +1,13 @@
 """What a journal keeps of a tape, so that another proxy can make the same tape again."""
 
+from typing import Annotated
+
 import msgspec
 
-from services.proxy.continuation.chunks import Identity
+from services.proxy.continuation.chunks import MAX_ID, Identity
+
+TokenId = Annotated[int, msgspec.Meta(ge=0, le=MAX_ID)]
+"""A journal with anything else is foreign, and does not parse."""
 
 
 class Memo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -10,7 +15,7 @@ class Memo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     kept: int
     """Token ids known before that stay; those beyond were sampled anew."""
-    ids: list[int]
+    ids: list[TokenId]
     """Token ids that follow them."""
     chars: int
     """Characters delivered so far."""
@@ -21,7 +26,7 @@ class Memo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     refusal: str = ""
     failovers: int = 0
     """How often the stream has lost its replica and gone on elsewhere."""
-    prompt_ids: list[int] | None = None
+    prompt_ids: list[TokenId] | None = None
     """In the first memo: the prompt."""
     identity: Identity | None = None
     """In the first memo: who the stream is."""

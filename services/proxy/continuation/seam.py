@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 
 import msgspec
 
-from services.proxy.continuation.chunks import Identity, error_text
+from services.proxy.continuation.chunks import Identity, decode_chunk, error_text
 from services.proxy.continuation.logprobs import as_chat, sliced
 
 MISMATCH = "another replica did not repeat what had been delivered"
@@ -75,9 +75,15 @@ class Seam:
     def turn(self, payload: bytes) -> Turned:
         """Turn one chunk; an `error` in the result says why the stream cannot go on so."""
         try:
-            chunk = msgspec.json.decode(payload, type=dict[str, Any])
+            decode_chunk(payload)  # it has the shape that is relied on below
+            return self._turn(msgspec.json.decode(payload, type=dict[str, Any]))
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             return Turned(error=f"the replica sent a chunk that does not parse: {error}")
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            # Log probabilities and usage have many shapes; whatever these are, they are none.
+            return Turned(error=f"the replica sent a chunk that makes no sense: {error}")
+
+    def _turn(self, chunk: dict[str, Any]) -> Turned:
         if chunk.get("error") is not None:
             return Turned(error=error_text(chunk["error"]))
         self._dress(chunk)

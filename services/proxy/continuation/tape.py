@@ -18,12 +18,13 @@ Cost: one parse of the event's few interesting fields, and one substitution over
 import re
 from array import array
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
 import msgspec
 
 from services.proxy.continuation.chunks import (
+    MAX_ID,
     Choice,
     Chunk,
     Delta,
@@ -40,7 +41,10 @@ MAX_EVENT_BYTES: Final = 16 << 20
 """An event that is longer is none."""
 END: Final = b"\n\n"
 DONE: Final = b"data: [DONE]"
+MAX_ID_DIGITS: Final = 9
+"""Of a usual chunk's token id (as in carrier.c): it fits `MAX_ID`, whatever its digits."""
 NO_IDS_SENT: Final = "the replica sends no token ids"
+ODD_IDS: Final = "the replica sends token ids that are none"
 _DATA: Final = b"data: {"
 _IDS: Final = re.compile(rb'token_ids":\[[^\]]*\]')
 """`token_ids` or `prompt_token_ids` with a value. It cannot match within a string: there, the
@@ -219,6 +223,7 @@ class Tape:
             or b'"' in text
             or b"\\" in text
             or not token.isdigit()
+            or len(token) > MAX_ID_DIGITS
             or not data.endswith(_TAIL)
         ):
             return b""
@@ -311,6 +316,8 @@ class Tape:
             return True
         try:
             chunk = decode_chunk(event[6:])
+            if self._options.offsets:
+                self._next_offset = self._offset_after(event[6:])
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             self.error = f"the replica sent a chunk that does not parse: {error}"
             return False
@@ -335,16 +342,21 @@ class Tape:
                 self.refusal = "its reasoning or tool calls are parsed from the text as it comes"
         ids = choice.token_ids
         if ids:
-            self.ids.extend(ids)
+            self._keep(self.ids, ids)
         elif text:
             self.refusal = self.refusal or NO_IDS_SENT
         if text:
             self.delivered(len(text), whole=ids is not None and len(ids) == 1)
             if self._steady and not self._before_text:
                 self._learn(event)
-        if self._options.offsets:
-            self._note_offset(event[6:])
         return text is not None or not _empty(delta, choice, event)
+
+    def _keep(self, kept: "array[int]", ids: Sequence[int]) -> None:
+        """Keep token ids; one that no engine takes keeps its place only, and nobody goes on."""
+        if ids and not 0 <= min(ids) <= max(ids) <= MAX_ID:
+            self.refusal = ODD_IDS
+            ids = [each if 0 <= each <= MAX_ID else 0 for each in ids]
+        kept.extend(ids)
 
     def delivered(self, chars: int, *, whole: bool) -> None:
         """Count text that goes to the client; `whole`: the tokens so far end with a character."""
@@ -360,9 +372,14 @@ class Tape:
         self._first = payload
         prompt_ids = chunk.prompt_token_ids or chunk.choices[0].prompt_token_ids
         if prompt_ids:
-            self.prompt_ids = array("I", prompt_ids)
+            self._keep(self.prompt_ids, prompt_ids)
         else:
             self.refusal = NO_IDS_SENT
+        try:
+            decode_identity(payload)
+        except msgspec.DecodeError as error:
+            self._first = b"{}"
+            self.refusal = f"the replica does not say well which stream it is: {error}"
 
     def _learn(self, event: bytes) -> None:
         """Note what the chunks of this stream have in common."""
@@ -371,11 +388,13 @@ class Tape:
             if at > 0 and after in event:
                 self._before_text, self._after_text = event[: at + len(before)], after
 
-    def _note_offset(self, payload: bytes) -> None:
+    def _offset_after(self, payload: bytes) -> int:
+        """Say where the text of the token after this chunk's will begin."""
         choices = decode_logprobs(payload).choices
         logprobs = choices[0].logprobs if choices else None
         if logprobs is not None and logprobs.tokens and logprobs.text_offset:
-            self._next_offset = logprobs.text_offset[-1] + len(logprobs.tokens[-1])
+            return logprobs.text_offset[-1] + len(logprobs.tokens[-1])
+        return self._next_offset
 
     def _without(self, events: list[bytes], number: int) -> bytes:
         """Put together what may be delivered of `events`, whose `number`th may not."""
@@ -402,7 +421,7 @@ class Tape:
             if turned.error:
                 self.error = turned.error
                 break
-            self.ids.extend(turned.ids)
+            self._keep(self.ids, turned.ids)
             if turned.text:
                 self.delivered(len(turned.text), whole=turned.whole)
             self._next_offset = turned.next_offset
