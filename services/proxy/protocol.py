@@ -100,12 +100,11 @@ class LimitedProtocol(HttpToolsProtocol):
         in_head = self._in_head
         self._received = data
         try:
-            self.parser.feed_data(data)
+            upgrade = self._parse(data)
         except httptools.HttpParserError:
             self.send_400_response("")
             return
-        except httptools.HttpParserUpgrade:
-            self._unsupported_upgrade_warning()
+        if upgrade:
             if self._rest:
                 rest, self._rest = self._rest, b""
                 self.data_received(rest)
@@ -118,6 +117,15 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._unparsed_bytes > self.limits.max_header_bytes and not self.transport.is_closing():
             self._too_large = True
             self.send_400_response("")
+
+    def _parse(self, data: bytes) -> bool:
+        """Feed the parser; tell whether it has stopped where another protocol would begin."""
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._unsupported_upgrade_warning()
+            return True
+        return False
 
     def _unsupported_upgrade_warning(self) -> None:
         """Go on with HTTP/1.1, where uvicorn would drop the body and all that follows.

@@ -105,3 +105,19 @@ async def test_many_offers_at_once() -> None:
         for _ in range(400):
             await asyncio.wait_for(reader.readuntil(b"route_not_found"), PATIENCE_S)
         writer.close()
+
+
+async def test_offer_with_a_body_that_nobody_can_frame(caplog: pytest.LogCaptureFixture) -> None:
+    """An offer of another protocol hides nothing from the parser: its body's framing is refused."""
+    async with Rig() as rig:
+        reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)
+        writer.write(
+            b"POST /nowhere HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: x\r\n"
+            b"transfer-encoding: identity\r\n\r\n"
+        )
+        answer = await asyncio.wait_for(reader.read(), PATIENCE_S)
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert b"this is not an HTTP/1.1 request" in answer
+        writer.close()
+        await wait_until(rig.idle)
+    assert not [record for record in caplog.records if record.exc_info]
