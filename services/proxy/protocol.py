@@ -55,7 +55,9 @@ class LimitedProtocol(HttpToolsProtocol):
         self._begun = 0
         """Requests that began in this read."""
         self._familiar: FamiliarHead | None = None
-        """The head of the last request, where that was a usual one and a read by itself."""
+        """The head of the last request, where that was a usual one and a read by itself.
+
+        While there is one, the parser is at the end of a request."""
         self._misses = 0
         self._unanswered: deque[RequestResponseCycle | DirectCycle] = deque()
         self._idle_cycle: RequestResponseCycle | DirectCycle | None = None
@@ -253,8 +255,7 @@ class LimitedProtocol(HttpToolsProtocol):
         lane, ending = self.lane, self.ending
         before = cast("RequestResponseCycle | DirectCycle", self.cycle)
         if (
-            not self._between
-            or lane is None
+            lane is None
             or ending.refusing
             or ending.leaving
             or not isinstance(before, DirectCycle)

@@ -219,6 +219,53 @@ async def test_the_end_of_a_body_is_never_remembered_as_a_head() -> None:
     ]
 
 
+ODD_PARTS = (
+    *(b"content-length: 5", b"Content-Length:0", b"content-length:\t5 ", b"content-length: 40"),
+    *(b"x: y", b"x:", b"hello", b"transfer-encoding: chunked", b"transfer-encoding: identity"),
+    *(b"connection: close", b"connection: keep-alive", b"expect: 100-continue"),
+    *(b"POST /v1/chat/completions HTTP/1.1", b"5\r\nhello\r\n0\r\n", b" content-length: 5", b""),
+)
+BREAKS = (b"\r\n", b"\r\n", b"\r\n", b"\r\n", b"\r\n\r\n", b"\n", b"\r", b" \r\n", b"\x00\r\n")
+
+
+def odd_message(source: random.Random) -> bytes:
+    """Make what may be a request, two of them, part of one, or none."""
+    lines = [source.choice(ODD_PARTS) + source.choice(BREAKS) for _ in range(source.randrange(6))]
+    head = b"POST /v1/chat/completions HTTP/1.1\r\n" + b"".join(lines)
+    return head + source.choice((b"", b"content-length: 5\r\n\r\nhello", b"\r\nhello", b"\r\n"))
+
+
+async def test_what_is_remembered_is_what_the_parser_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However odd a head, whole reads are understood as the parser alone understands the bytes.
+
+    So while a head is remembered the parser is at the end of a request, and may be passed by.
+    """
+    source = random.Random(1)
+    recognised = 0
+    usual = Lane.repeat
+
+    def counted(*given: Any) -> DirectCycle | None:  # noqa: ANN401 - as it is given
+        nonlocal recognised
+        recognised += 1
+        return usual(*given)
+
+    monkeypatch.setattr(Lane, "repeat", counted)
+    for _ in range(600):
+        message = odd_message(source)
+        reading, parsing = Desk(), Desk()
+        whole, by_bytes = connected(reading), connected(parsing)
+        for _ in range(3):
+            for protocol, parts in ((whole, [message]), (by_bytes, [*map(bytes, zip(message))])):
+                for part in parts:
+                    if not protocol.transport.is_closing():  # else nobody would read it
+                        protocol.data_received(part)
+        assert reading.asked == parsing.asked, message
+        assert whole.transport.is_closing() == by_bytes.transport.is_closing(), message
+    assert recognised > 50
+
+
 async def test_heads_that_always_differ_are_not_compared_for_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
