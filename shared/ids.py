@@ -10,6 +10,7 @@ import secrets
 from typing import Final
 
 from shared.errors import InvalidInputError
+from shared.wording import short
 
 NAME_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}")
 """A valid name, matched in full: 1 to 128 characters."""
@@ -28,10 +29,9 @@ def check_name(kind: str, text: str) -> str:
     """Return `text` unchanged, or raise `InvalidInputError` that names `kind` and the remedy."""
     if is_name(text):
         return text
-    shown = text if len(text) <= 40 else text[:40] + "…"
     raise InvalidInputError(
-        f"{kind} {shown!r} is not a valid name: use 1 to 128 letters, digits and . _ : / @ + -, "
-        "starting with a letter or digit",
+        f"{kind} {short(text)!r} is not a valid name: "
+        "use 1 to 128 letters, digits and . _ : / @ + -, starting with a letter or digit",
         field=kind,
     )
 

@@ -15,6 +15,7 @@ from shared.models.deployment import Deployment
 from shared.models.host import MemberKind
 from shared.models.replica import Replica, ReplicaState
 from shared.registry.fleet import MemberSeen
+from shared.wording import listed
 
 OLDEST_PYTHON: Final = (3, 11)
 OLDEST_REDIS: Final = (6, 2)
@@ -209,7 +210,7 @@ def deployment(model: str, wanted: Deployment, replicas: Sequence[Replica]) -> C
 
 def foreign(corrupt: Mapping[str, Sequence[str]]) -> Check:
     """Judge records that do not parse: where → fields."""
-    bad = [f"{where}: {', '.join(fields)}" for where, fields in corrupt.items() if fields]
+    bad = [f"{where}: {listed(fields)}" for where, fields in corrupt.items() if fields]
     if not bad:
         return Check(name="records", verdict=Verdict.OK, found="all parse")
     return Check(

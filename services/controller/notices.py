@@ -5,22 +5,67 @@ rest: a host joined, fell silent or came back, a rollout is complete, stored con
 A notice may be missed when leadership moves; nothing depends on one.
 """
 
+from typing import Final
+
+import msgspec
+
 from services.controller.draft import tell
 from services.controller.plan import wanted_replicas
 from services.controller.world import ModelView, World
 from shared.models.event import Event, EventLevel
 from shared.models.replica import ReplicaState
+from shared.wording import listed
+
+AGAIN_MS: Final = 60_000
+"""What else does not parse in a key is told no sooner than this after the last word on it."""
+
+
+class Told(msgspec.Struct, frozen=True):
+    """The last word on one key."""
+
+    names: frozenset[str]
+    at_ms: int
+
+
+class ForeignContent:
+    """Remembers what does not parse in which key, and tells of it once for a key, not for a field.
+
+    There may be a million fields, and others every second: a reading gives one event for each of
+    our keys at most, and a key one each minute.
+    """
+
+    def __init__(self) -> None:
+        self._told: dict[str, Told] | None = None
+
+    def notice(self, world: World) -> list[Event]:
+        """Tell of fields that were not told of; nothing for the first reading."""
+        if self._told is None:
+            self._told = {key: Told(names, world.now_ms) for key, names in world.corrupt.items()}
+            return []
+        events: list[Event] = []
+        for key in sorted(self._told.keys() | world.corrupt.keys()):
+            last, names = self._told.get(key), world.corrupt.get(key, frozenset())
+            if last is not None and world.passed_ms(last.at_ms) < AGAIN_MS:
+                continue
+            if not names:
+                del self._told[key]
+                continue
+            if last is not None and names <= last.names:
+                self._told[key] = Told(names, last.at_ms)
+                continue
+            message = (
+                f"fields that do not parse are left out: {listed(names)}; mend them, or delete them"
+            )
+            events.append(tell("CorruptRecord", f"key/{key}", message, EventLevel.ERROR))
+            self._told[key] = Told(names, world.now_ms)
+        return events
 
 
 def notice(before: World | None, now: World) -> list[Event]:
     """Tell what changed between two readings; nothing for the first one."""
     if before is None:
         return []
-    message = "its stored content does not parse and is left out: mend it, or delete it"
-    events = [
-        tell("CorruptRecord", subject, message, EventLevel.ERROR)
-        for subject in sorted(set(now.corrupt) - set(before.corrupt))
-    ]
+    events: list[Event] = []
     for host in sorted(now.hosts):
         was, is_now = before.agent_alive(host), now.agent_alive(host)
         subject = f"host/{host}"

@@ -38,6 +38,15 @@ async def observe(registry: Registry, prober: Prober, *, settled: bool) -> World
     agents = _agents(members)
     replicas = [r for view in models.values() for r in view.replicas.values()]
     orders = await _orders(registry, {*hosts, *agents, *(r.host for r in replicas)})
+    keys = registry.keys
+    corrupt = {
+        keys.fleet.deployments: deployments.corrupt,
+        keys.fleet.hosts: hosts.corrupt,
+        keys.fleet.members: members.corrupt,
+        keys.fleet.holds: holds.corrupt,
+        **{keys.fleet.orders(host): records.corrupt for host, records in orders.items()},
+        **{keys.model(model).replicas: view.corrupt for model, view in models.items()},
+    }
     world = World(
         now_ms=await registry.replicas.server_time_ms(),
         settled=settled,
@@ -48,14 +57,7 @@ async def observe(registry: Registry, prober: Prober, *, settled: bool) -> World
         holds=dict(holds),
         answers={},
         members_silent_ms={field: seen.seen_ms_ago for field, seen in members.items()},
-        corrupt=(
-            *(f"deployment/{name}" for name in deployments.corrupt),
-            *(f"host/{name}" for name in hosts.corrupt),
-            *(f"member/{name}" for name in members.corrupt),
-            *(f"hold/{name}" for name in holds.corrupt),
-            *(f"order/{rid}" for records in orders.values() for rid in records.corrupt),
-            *(f"replica/{rid}" for view in models.values() for rid in view.corrupt),
-        ),
+        corrupt={key: frozenset(names) for key, names in corrupt.items() if names},
     )
     return await _with_answers(world, prober)
 

@@ -12,7 +12,7 @@ from services.controller.actions import Action
 from services.controller.draft import tell
 from services.controller.leader import Reign
 from services.controller.metrics import Metrics
-from services.controller.notices import notice
+from services.controller.notices import ForeignContent, notice
 from services.controller.observe import observe
 from services.controller.plan import plan
 from services.controller.probing import Prober
@@ -43,6 +43,7 @@ class Term:
         self._clock = clock
         self._metrics = metrics
         self._fenced: set[str] = set()
+        self._foreign = ForeignContent()
 
     async def begin(self, owner: str) -> None:
         """Shut out every earlier leader, and tell who leads now."""
@@ -63,7 +64,7 @@ class Term:
         self._metrics.plan_s.observe(self._clock.monotonic_s() - observed_s)
         self._metrics.show(world)
         before, self.world = self.world, world
-        for event in notice(before, world):
+        for event in (*self._foreign.notice(world), *notice(before, world)):
             await self.actor.tell(event)
         return actions
 

@@ -68,8 +68,8 @@ class World(msgspec.Struct, frozen=True, kw_only=True):
     """Silent replica's id → did its engine answer the leader's own probe?"""
     members_silent_ms: dict[str, int] = msgspec.field(default_factory=dict[str, int])
     """Member field → milliseconds since its last beat."""
-    corrupt: tuple[str, ...] = ()
-    """Subjects whose stored content does not parse: left out of this reading."""
+    corrupt: dict[str, frozenset[str]] = msgspec.field(default_factory=dict[str, frozenset[str]])
+    """Key → names of its fields that do not parse: left out of this reading."""
 
     def passed_ms(self, since_ms: int) -> int:
         """Tell how long ago `since_ms` was; what was written before the clock went back: for ever.

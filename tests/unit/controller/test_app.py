@@ -287,7 +287,11 @@ async def test_corrupt_content_is_named_and_hurts_nobody(
     server.command("HSET", "redmesh:{m}:replicas", "m-x", "nonsense")
     world = await observe(registry, FixedProber(), settled=True)
     assert set(world.models) == {"m"}
-    assert {"deployment/bad", "host/h9", "replica/m-x"} <= set(world.corrupt)
+    assert world.corrupt == {
+        "redmesh:{ctl}:deployments": {"bad"},
+        "redmesh:{ctl}:hosts": {"h9"},
+        "redmesh:{m}:replicas": {"m-x"},
+    }
     plan(world)
 
 
