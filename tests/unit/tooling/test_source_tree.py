@@ -4,7 +4,7 @@ import subprocess
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-WRITTEN_BY_HAND = {".py", ".lua", ".sh", ".md"}
+WRITTEN_BY_HAND = {".py", ".lua", ".sh", ".md", ".c"}
 LONGEST = 500
 
 
