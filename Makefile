@@ -35,8 +35,7 @@ SHARED := $(BIN)/pytest --dist loadfile --numprocesses
 WAITING := $(shell echo $$(( $(JOBS) > 1 ? $(JOBS) + 1 : 1 )))
 # What computes yields to what keeps time, when both run.
 YIELDING := nice -n 19
-TWO := $(if $(filter 1,$(JOBS)),1,2)
-IN_LANES := --jobs=$(TWO) --output-sync=line LANES=1
+IN_LANES := --jobs=$(if $(filter 1,$(JOBS)),1,2) --output-sync=line LANES=1
 IN_TURN := LANES=
 
 # An active environment of the calling shell is not the one meant.
@@ -130,8 +129,8 @@ test-alone: setup system ## Run the tests that put the machine under load, one a
 	$(BIN)/pytest -m "alone and not engine" --durations=15 $(PYTEST)
 
 .PHONY: test-engine
-test-engine: setup system engine ## Run the tests on real vLLM, on two meshes at a time
-	$(SHARED) $(TWO) -m engine --durations=15 $(PYTEST)
+test-engine: setup system engine ## Run the tests on real vLLM, one after another
+	$(BIN)/pytest -m engine --durations=15 $(PYTEST)
 
 ##@ Measure
 
