@@ -1,13 +1,18 @@
 -- ledger/beat: a proxy says that it lives and how many requests wait in its queue.
 --
 -- Guarantee: registers the proxy, clears any suspicion, and counts what Redis holds for it. Leaves
---   nothing behind for a model that is not there: one that was deleted stays deleted.
--- KEYS 5
+--   nothing behind for a model that is not there: one that was deleted stays deleted. Sees to it
+--   that Redis finds what ledger/hot looks for without a search.
+-- KEYS 9
 --   1 zset {M}:px
 --   2 hash {M}:lease:<proxy>
 --   3 hash {M}:wait
 --   4 string {M}:ver
 --   5 zset {M}:suspect
+--   6 zset {M}:ready
+--   7 hash {M}:weight
+--   8 hash {M}:cost
+--   9 hash {M}:nreq
 -- ARGV 3
 --   1 proxy: name
 --   2 waiting: requests
@@ -20,7 +25,9 @@
 --@include lib/whole
 --@include lib/digits
 --@include lib/now_ms
+--@include lib/spacious
 local px, lease, wait, ver, suspect = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+local ready, weight, cost, nreq = KEYS[6], KEYS[7], KEYS[8], KEYS[9]
 local proxy = ARGV[1]
 local waiting = whole(ARGV[2], 0, 0, 1e9)
 local silence = whole(ARGV[3], 5000, 1, 1e9)
@@ -44,6 +51,15 @@ end
 local total = 0
 for _, count in ipairs(redis.call('HVALS', wait)) do
   total = total + whole(count, 0, 0, 1e9)
+end
+if leases > 16 then
+  spacious(lease)
+end
+if (tonumber(redis.pcall('ZCARD', ready)) or 0) > 16 then
+  spacious(ready, true)
+  spacious(weight)
+  spacious(cost)
+  spacious(nreq)
 end
 -- A beat in the future comes from a clock that went back: ledger/suspects mends it.
 local silent = redis.call('ZCOUNT', px, '-inf', '(' .. digits(now - silence))

@@ -36,7 +36,12 @@ RECOUNT_TRIES: Final = 5
 HOT: Final = ScriptSpec(
     "ledger/hot", "M", ("ready", "weight", "cost", "nreq", PROXY_PART, "px", "ver", "spec"), ()
 )
-BEAT: Final = ScriptSpec("ledger/beat", "M", ("px", PROXY_PART, "wait", "ver", "suspect"), ("OK",))
+BEAT: Final = ScriptSpec(
+    "ledger/beat",
+    "M",
+    ("px", PROXY_PART, "wait", "ver", "suspect", "ready", "weight", "cost", "nreq"),
+    ("OK",),
+)
 SUSPECTS: Final = ScriptSpec("ledger/suspects", "M", ("px", "suspect"), ("OK",))
 REAP: Final = ScriptSpec(
     "ledger/reap",

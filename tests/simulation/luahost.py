@@ -30,6 +30,7 @@ return function(call, encode, decode, arrays)
       end
       return (call(name, ...))
     end,
+    pcall = function(...) return (call(...)) end,
     error_reply = function(text) return { err = text } end,
   }
   cjson = { encode = encode, decode = decode }

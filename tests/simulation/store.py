@@ -141,6 +141,16 @@ def _zcount(store: Store, key: str, low: str, high: str) -> int:
     return sum(_within(score, low, high) for score in store.zset(key).values())
 
 
+def _zcard(store: Store, key: str) -> int:
+    return len(store.zset(key))
+
+
+def _object(store: Store, what: str, key: str) -> str | bool:
+    """Tell a key's encoding: one that needs no remedy."""
+    del what
+    return "hashtable" if key in store.data else False
+
+
 def _set(store: Store, key: str, value: object, *options: str) -> str | bool:
     if "NX" in options and key in store.data:
         return False
@@ -218,6 +228,7 @@ COMMANDS: Final[dict[str, Callable[..., Reply]]] = {
     "HMGET": _hmget,
     "HSET": _hset,
     "HVALS": _hvals,
+    "OBJECT": _object,
     "PEXPIRE": _pexpire,
     "PTTL": _pttl,
     "PUBLISH": _publish,
@@ -225,6 +236,7 @@ COMMANDS: Final[dict[str, Callable[..., Reply]]] = {
     "TIME": _time,
     "XADD": _xadd,
     "ZADD": _zadd,
+    "ZCARD": _zcard,
     "ZCOUNT": _zcount,
     "ZMSCORE": _zmscore,
     "ZRANGE": _zrange,
