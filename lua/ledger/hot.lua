@@ -24,62 +24,39 @@
 -- Cost: O(log replicas) per operation, at most 64 operations, 16 candidates and 16 exclusions each;
 --   some twenty commands a batch: all is read before the first operation, and written after the last
 -- Callers: proxy
---@include lib/operations
---@include lib/holdings
---@include lib/opened
---@include lib/lease_of
---@include lib/choose
---@include lib/charge
---@include lib/settle
---@include lib/hold
---@include lib/digits
---@include lib/now_ms
-local keys = { ready = KEYS[1], weight = KEYS[2], cost = KEYS[3], nreq = KEYS[4] }
-local lease, px, ver, spec = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
+--@include lib/lone
+local stores = {
+  ready = KEYS[1], weight = KEYS[2], cost = KEYS[3], nreq = KEYS[4], lease = KEYS[5], px = KEYS[6],
+  ver = KEYS[7], spec = KEYS[8],
+}
 local proxy = ARGV[1]
-redis.call('HDEL', lease, '')
-redis.call('HDEL', keys.cost, '')
+redis.call('HDEL', stores.lease, '')
 
+local answered = lone(stores, ARGV)
+if answered then
+  return answered
+end
+--@include lib/operations
+--@include lib/accounts
+--@include lib/holdings
+--@include lib/choice
+--@include lib/apply
+--@include lib/hold
+--@include lib/now_ms
 local batch, bad = operations(ARGV, 2)
 if not batch then
   return redis.error_reply('BADOP argument ' .. bad .. ' makes no sense')
 end
-local limits = redis.call('HMGET', spec, 'max_requests', 'affinity_absolute', 'affinity_relative')
-local max_requests = whole(limits[1], 1e9, 0, 1e9)
-local absolute = whole(limits[2], 0, 0, 1e9) * 1000
-local relative = math.max(1, math.min(1000, tonumber(limits[3]) or 1))
-local reply = { redis.call('GET', ver) or '0' }
-local known = redis.call('ZSCORE', px, proxy)
-local before, held = holdings(lease, batch)
-local book = opened(keys, batch, held)
+local reply = { redis.call('GET', stores.ver) or '0' }
+local known = not batch.holds or redis.call('ZSCORE', stores.px, proxy)
+local book = accounts(stores)
+local holding = holdings(stores, batch, book)
+local choose = batch.reserves > 0 and choice(stores, book, batch)
+book.read(1)
 
-for index = 1, #batch do
-  local operation = batch[index]
-  local verb, mine, wanted = operation.verb, held[operation.request], operation.rid
-  local rid, cost = lease_of(mine)
-  if verb == 'A' and rid and not operation.excluded[rid] then
-    reply[index + 1] = rid
-  elseif verb == 'D' and rid == wanted and cost == operation.cost then
-    reply[index + 1] = 0
-  else
-    if rid then
-      charge(book, rid, -1, -cost)
-    end
-    if verb == 'A' then
-      wanted = book.total >= max_requests and '!BUSY'
-        or choose(keys, book, operation, absolute, relative)
-    end
-    local placed = wanted and string.sub(wanted, 1, 1) ~= '!'
-    local price = operation.costs and operation.costs[wanted] or operation.cost
-    held[operation.request] = placed and wanted .. ' ' .. digits(price) or false
-    if placed then
-      charge(book, wanted, 1, price)
-    end
-    reply[index + 1] = verb == 'A' and wanted or (wanted or mine) and 1 or 0
-  end
-end
-settle(keys, book)
-if hold(lease, batch, before, held) and not known then
-  redis.call('ZADD', px, digits(now_ms()), proxy)
+apply(batch, book, holding, choose, reply)
+book.settle()
+if hold(stores, batch, holding, book.names) and not known then
+  redis.call('ZADD', stores.px, string.format('%d', now_ms()), proxy)
 end
 return reply

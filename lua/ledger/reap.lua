@@ -23,10 +23,7 @@
 --@include lib/whole
 --@include lib/now_ms
 --@include lib/lease_of
---@include lib/blank
 --@include lib/accounts
---@include lib/charge
---@include lib/settle
 local keys = { ready = KEYS[1], weight = KEYS[2], cost = KEYS[3], nreq = KEYS[4] }
 local lease, px, wait, suspect = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 local proxy = ARGV[1]
@@ -44,7 +41,8 @@ local beat = tonumber(redis.call('ZSCORE', px, proxy) or nil)
 if beat and beat >= now_ms() - silence then
   return { 'ALIVE' }
 end
-local book = blank(keys)
+local book = accounts(keys)
+local names, at = book.names, book.at
 local found, cursor = {}, '0'
 repeat
   local page = redis.call('HSCAN', lease, cursor, 'COUNT', string.format('%d', limit))
@@ -53,25 +51,26 @@ repeat
     found[#found + 1] = page[2][index]
   end
 until cursor == '0' or #found >= 2 * limit
-local texts, requests, rids, seen = {}, {}, {}, {}
+local texts, requests = {}, {}
 for index = 1, #found, 2 do
   local request, rid = found[index], lease_of(found[index + 1])
   -- A scan may name a field twice.
   if not texts[request] then
     texts[request], requests[#requests + 1] = found[index + 1], request
   end
-  if rid and not seen[rid] then
-    seen[rid], rids[#rids + 1] = true, rid
+  if rid and not at[rid] then
+    names[#names + 1] = rid
+    at[rid] = #names
   end
 end
-accounts(keys, book, rids)
+book.read(1)
 for _, request in ipairs(requests) do
   local rid, cost = lease_of(texts[request])
   if rid then
-    charge(book, rid, -1, -cost)
+    book.charge(at[rid], -1, -cost)
   end
 end
-settle(keys, book)
+book.settle()
 local dropped = #requests > 0 and redis.call('HDEL', lease, unpack(requests)) or 0
 local left = redis.call('HLEN', lease)
 if left == 0 then

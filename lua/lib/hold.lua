@@ -1,24 +1,22 @@
--- hold(lease, batch, before, held): write what the requests of a batch hold now, request → "rid
--- cost" or false, where it differs from `before`; tell whether anything is held that was not.
-local function hold(lease, batch, before, held)
-  local set, gone = {}, {}
-  for index = 1, #batch do
-    local request = batch[index].request
-    local text = held[request]
-    -- The same request may come again: its first time settles it.
-    held[request] = nil
-    if text and text ~= before[index] then
-      set[#set + 1] = request
-      set[#set + 1] = text
-    elseif text == false and before[index] then
-      gone[#gone + 1] = request
+-- hold(keys, batch, holding, names): write what the requests that `moved` hold now; tell whether they
+-- hold anything.
+local function hold(keys, batch, holding, names)
+  local format, requests, before, moved = string.format, batch.requests, holding.before, holding.moved
+  local on, held, set, gone, count = holding.on, holding.held, {}, {}, 0
+  for index = 1, batch.count do
+    local account = moved[index] and on[index]
+    if account then
+      set[count + 1], set[count + 2] = requests[index], format('%s %d', names[account], held[index])
+      count = count + 2
+    elseif moved[index] and before[index] then
+      gone[#gone + 1] = requests[index]
     end
   end
-  if #set > 0 then
-    redis.call('HSET', lease, unpack(set))
+  if count > 0 then
+    redis.call('HSET', keys.lease, unpack(set))
   end
   if #gone > 0 then
-    redis.call('HDEL', lease, unpack(gone))
+    redis.call('HDEL', keys.lease, unpack(gone))
   end
-  return #set > 0
+  return count > 0
 end

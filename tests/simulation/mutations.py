@@ -30,19 +30,19 @@ class Mutation(NamedTuple):
 
 LEDGER = {
     # the scripts
-    "release keeps the count": Mutation("ledger/hot", "rid, -1, -cost", "rid, 0, -cost"),
-    "release gives back twice": Mutation("ledger/hot", "rid, -1, -cost", "rid, -2, -2 * cost"),
-    "release keeps the cost": Mutation("lib/charge", "costs + cost", "costs"),
+    "release keeps the count": Mutation("lib/apply", "account, -1, -held", "account, 0, -held"),
+    "release gives back twice": Mutation(
+        "lib/apply", "account, -1, -held", "account, -2, -2 * held"
+    ),
+    "release keeps the cost": Mutation("lib/accounts", "cost + tokens", "cost"),
     "what moves stays counted where it was": Mutation(
-        "ledger/hot", "if rid then", "if rid and verb == 'R' then"
+        "lib/apply", "if account then", "if account and verb == 'R' then"
     ),
-    "adopt does not reprice": Mutation(
-        "ledger/hot", "rid == wanted and cost == operation.cost", "rid == wanted"
-    ),
+    "adopt does not reprice": Mutation("lib/apply", "or held[first] ~= price", ""),
     "a holder is not put into px": Mutation(
         "ledger/hot", "and not known then", "and false then", theme="proxies, data"
     ),
-    "totals are not written": Mutation("lib/settle", "if book.total > 0", "if false"),
+    "totals are not written": Mutation("lib/accounts", "if total > 0 then", "if false then"),
     "the cap is one too high": Mutation("lib/score", "requests >= rate.cap", "requests > rate.cap"),
     "a returning replica counts as idle": Mutation(
         "lib/enter", "score(cost, requests, rates", "score(0, 0, rates", theme="fleet, data"
@@ -64,11 +64,9 @@ LEDGER = {
     "a beating proxy is reaped": Mutation(
         "ledger/reap", "if beat and beat >=", "if beat and 0 >", theme="proxies", seed=7
     ),
-    "reaping leaves the totals": Mutation(
-        "ledger/reap", "settle(keys, book)\n", "", theme="proxies"
-    ),
+    "reaping leaves the totals": Mutation("ledger/reap", "book.settle()\n", "", theme="proxies"),
     "reaping counts twice": Mutation(
-        "ledger/reap", "rid, -1, -cost", "rid, -2, -cost", theme="proxies"
+        "ledger/reap", "at[rid], -1, -cost", "at[rid], -2, -cost", theme="proxies"
     ),
     "a version follows the clock alone": Mutation(
         "lib/next_version",
@@ -84,11 +82,20 @@ LEDGER = {
         theme="fleet, data",
     ),
     "adopt does not move": Mutation(
-        "ledger/hot",
-        "local rid, cost = lease_of(mine)",
-        "local rid, cost = lease_of(mine)\n  wanted = verb == 'D' and rid or wanted",
+        "lib/apply",
+        "target, answer = at[rids[index]], 1",
+        "target, answer = account or at[rids[index]], 1",
         theme="slowness",
         seed=7,
+    ),
+    "alone, a release keeps the count": Mutation("lib/post", "requests - 1", "requests"),
+    "alone, a release keeps the cost": Mutation("lib/post", "cost - off", "cost"),
+    "alone, a new cost comes on top": Mutation("lib/lone", "rid, tokens, price", "rid, nil, price"),
+    "alone, totals are not written": Mutation(
+        "lib/post", "'*', format('%d', total), rid", "'*', '0', rid"
+    ),
+    "alone, a holder is not put into px": Mutation(
+        "lib/lone", "if not known then", "if false then", theme="proxies, data"
     ),
     # the proxy
     "lost operations leave nothing to compare": Mutation(
