@@ -26,6 +26,7 @@ from shared.secret import Secret
 from shared.settings import CommonSettings
 
 AGAIN_S: Final = 0.02
+BEAT_S: Final = 1.0
 
 
 class Orders(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,6 +71,7 @@ class Driver:
         self._number = 0
         self._open = True
         self._random = random.Random(name)
+        self._registry, self._model, self._name = registry, orders.model, name
         self._loop = asyncio.get_running_loop()
         self._reservations = Reservations(
             model=orders.model,
@@ -84,9 +86,12 @@ class Driver:
         for _ in range(orders.asking):
             self._ask()
 
-    def beat(self) -> None:
-        """Ask the ledger again, as a beat would do after it was slow."""
-        self._reservations.breaker.fast_beat()
+    async def beats(self) -> None:
+        """Beat each second, as a proxy does; ask the ledger again if it was slow."""
+        while True:
+            await asyncio.sleep(BEAT_S)
+            await self._registry.ledger.beat(self._model, self._name)
+            self._reservations.breaker.fast_beat()
 
     def _locally(self, exclude: Sequence[str]) -> str:
         del exclude
@@ -132,9 +137,8 @@ async def drive(orders: Orders) -> Driven:
     registry = await open_registry(settings, hot=True)
     drivers = [Driver(registry, orders, name) for name in orders.names]
     loop = asyncio.get_running_loop()
+    beating = [asyncio.create_task(one.beats()) for one in drivers]
     await asyncio.sleep(orders.warm_s)
-    for driver in drivers:
-        driver.beat()
     before = [(one.pairs, one.batches, one.local) for one in drivers]
     cpu_s, began_s = _cpu_s(), loop.time()
     await asyncio.sleep(orders.seconds)
@@ -149,6 +153,9 @@ async def drive(orders: Orders) -> Driven:
         seconds=took_s,
         cpu_s=cpu_s,
     )
+    for task in beating:
+        task.cancel()
+    await asyncio.gather(*beating, return_exceptions=True)
     await asyncio.gather(*(one.stop() for one in drivers))
     await registry.aclose()
     return msgspec.structs.replace(driven, all_pairs=sum(one.pairs for one in drivers))
