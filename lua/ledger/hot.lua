@@ -24,7 +24,8 @@
 -- Cost: O(log replicas) per operation, at most 64 operations, 16 candidates and 16 exclusions each;
 --   some twenty commands a batch: all is read before the first operation, and written after the last
 -- Callers: proxy
---@include lib/lone
+--@include lib/plain
+--@include lib/one
 local stores = {
   ready = KEYS[1], weight = KEYS[2], cost = KEYS[3], nreq = KEYS[4], lease = KEYS[5], px = KEYS[6],
   ver = KEYS[7], spec = KEYS[8],
@@ -32,9 +33,12 @@ local stores = {
 local proxy = ARGV[1]
 redis.call('HDEL', stores.lease, '')
 
-local answered = lone(stores, ARGV)
-if answered then
-  return answered
+if plain(ARGV, 2) then
+  local reply, at = { redis.call('GET', stores.ver) or '0' }, 2
+  while ARGV[at] do
+    reply[#reply + 1], at = one(stores, ARGV, at)
+  end
+  return reply
 end
 --@include lib/operations
 --@include lib/accounts

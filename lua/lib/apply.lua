@@ -2,7 +2,8 @@
 -- order, and put each one's result into `reply`.
 local function apply(batch, book, holding, choose, reply)
   local names, at, charge = book.names, book.at, book.charge
-  local verbs, costs, rids, excluded = batch.verbs, batch.costs, batch.rids, batch.excluded
+  local verbs, costs, rids = batch.verbs, batch.costs, batch.rids
+  local excluded, there = batch.excluded, batch.there
   local on, held, again, moved = holding.on, holding.held, holding.again, holding.moved
   for index = 1, batch.count do
     local verb, first, price = verbs[index], again[index] or index, costs[index]
@@ -21,7 +22,7 @@ local function apply(batch, book, holding, choose, reply)
         target, answer = choose(index)
         if target then
           answer = names[target]
-          price = batch.there[index] and batch.there[index][answer] or price
+          price = there[index] and there[index][answer] or price
         end
       end
       if target then

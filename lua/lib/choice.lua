@@ -7,6 +7,7 @@
 --@include lib/prefer
 local function choice(keys, book, batch)
   local names, at, places, touched = book.names, book.at, book.places, book.touched
+  local exclusions, affinity, full = batch.excluded, batch.affinity, book.full
   local loose, fresh, next, alike, spread, rank, limit = {}, {}, 1, 0, false, 0, nil
   -- The least score among the loose ones and those that have it: the last of them has it still.
   local lowest, ties, tied, noted, stale = math.huge, {}, 0, 0, true
@@ -108,10 +109,10 @@ local function choice(keys, book, batch)
   -- request would be worked off sooner, with max(lowest + absolute, lowest × relative) for the lowest
   -- score. The account must be charged next.
   local function choose(index)
-    if book.full(max_requests) then
+    if full(max_requests) then
       return nil, '!BUSY'
     end
-    local excluded = batch.excluded[index]
+    local excluded = exclusions[index]
     compare(excluded)
     local from = excluded and admitted(next, excluded) or next
     while not fresh[from] and not (limit and lowest <= limit) and page() do
@@ -139,7 +140,7 @@ local function choice(keys, book, batch)
     if number <= count then
       account = places[ties[number]] == least and ties[number] or ties[count]
     end
-    if batch.affinity[index] then
+    if affinity[index] then
       local bound = math.max(least + absolute, least * relative)
       local best = prefer(book, batch, index, bound, account)
       if best then

@@ -1,6 +1,7 @@
--- post(keys, rid, off, on, cap): what is outstanding on one replica without a request that held `off`
--- tokens, and with one that holds `on`, each if it is given. False, and nothing was done, if there
--- would be more than `cap` requests of the model.
+-- post(keys, rid, off, on, cap): write what is outstanding on one replica without a request that held `off`
+-- tokens, and with one that holds `on`, each if it is given, and its score. No total falls below zero,
+-- and a replica without requests holds no cost. False, and nothing was done, if the model has `cap`
+-- requests already.
 --@include lib/whole
 --@include lib/rates
 --@include lib/score
@@ -9,6 +10,9 @@ local function post(keys, rid, off, on, cap)
   local cost = whole(redis.call('HGET', keys.cost, rid), 0, 0, 4e15)
   local rate = rates(redis.call('HGET', keys.weight, rid), {})
   local total, requests = whole(counts[1], 0, 0, 1e9), whole(counts[2], 0, 0, 1e9)
+  if cap and total >= cap then
+    return false
+  end
   if off then
     total, requests, cost = math.max(0, total - 1), requests - 1, math.max(0, cost - off)
     if requests <= 0 then
@@ -17,9 +21,6 @@ local function post(keys, rid, off, on, cap)
   end
   if on then
     total, requests, cost = total + 1, requests + 1, cost + on
-  end
-  if total > cap then
-    return false
   end
   redis.call('ZADD', keys.ready, 'XX', format('%d', score(cost, requests, rate)), rid)
   if requests > 0 then

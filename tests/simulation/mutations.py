@@ -90,12 +90,12 @@ LEDGER = {
     ),
     "alone, a release keeps the count": Mutation("lib/post", "requests - 1", "requests"),
     "alone, a release keeps the cost": Mutation("lib/post", "cost - off", "cost"),
-    "alone, a new cost comes on top": Mutation("lib/lone", "rid, tokens, price", "rid, nil, price"),
+    "alone, a new cost comes on top": Mutation("lib/one", "rid, tokens, price", "rid, nil, price"),
     "alone, totals are not written": Mutation(
         "lib/post", "'*', format('%d', total), rid", "'*', '0', rid"
     ),
     "alone, a holder is not put into px": Mutation(
-        "lib/lone", "if not known then", "if false then", theme="proxies, data"
+        "lib/one", "if not known then", "if false then", theme="proxies, data"
     ),
     # the proxy
     "lost operations leave nothing to compare": Mutation(
