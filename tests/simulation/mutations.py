@@ -36,9 +36,11 @@ LEDGER = {
     ),
     "release keeps the cost": Mutation("lib/accounts", "cost + tokens", "cost"),
     "what moves stays counted where it was": Mutation(
-        "lib/apply", "if account then", "if account and verb == 'R' then"
+        "lib/one", "    if rid then\n      post", "    if rid and not price then\n      post"
     ),
-    "adopt does not reprice": Mutation("lib/apply", "or held[first] ~= price", ""),
+    "adopt does not reprice": Mutation(
+        "lib/one", "rid == wanted and tokens == price", "rid == wanted"
+    ),
     "a holder is not put into px": Mutation(
         "ledger/hot", "and not known then", "and false then", theme="proxies, data"
     ),
@@ -82,9 +84,9 @@ LEDGER = {
         theme="fleet, data",
     ),
     "adopt does not move": Mutation(
-        "lib/apply",
-        "target, answer = at[rids[index]], 1",
-        "target, answer = account or at[rids[index]], 1",
+        "lib/one",
+        "local rid, tokens = lease_of(text)",
+        "local rid, tokens = lease_of(text)\n  wanted = verb == 'D' and rid or wanted",
         theme="slowness",
         seed=7,
     ),
