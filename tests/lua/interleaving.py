@@ -22,8 +22,8 @@ RIDS = ("r0", "r1", "r2", "r3", "r4")
 DUMP = """
 redis.call('HDEL', KEYS[1], '')
 local reply = {redis.call('HGETALL', KEYS[1]), redis.call('HGETALL', KEYS[2]),
-  redis.call('ZRANGE', KEYS[3], '0', '-1', 'WITHSCORES')}
-for index = 4, #KEYS do reply[#reply + 1] = redis.call('HGETALL', KEYS[index]) end
+  redis.call('ZRANGE', KEYS[3], '0', '-1', 'WITHSCORES'), redis.call('ZRANGE', KEYS[4], '0', '-1')}
+for index = 5, #KEYS do reply[#reply + 1] = redis.call('HGETALL', KEYS[index]) end
 return reply
 """
 
@@ -216,10 +216,11 @@ class Interleaving:
     async def check(self) -> None:
         """Compare all that Redis holds with the model."""
         leases = [self.keys.lease(proxy) for proxy in PROXIES]
-        keys = (self.keys.cost, self.keys.nreq, self.keys.ready, *leases)
+        keys = (self.keys.cost, self.keys.nreq, self.keys.ready, self.keys.px, *leases)
         dump = await self.registry.connection.command("EVAL", DUMP, len(keys), *keys)
         costs, requests, scores = (numbers(flat) for flat in dump[:3])
-        for proxy, flat in zip(PROXIES, dump[3:], strict=True):
+        for proxy, flat in zip(PROXIES, dump[4:], strict=True):
+            assert not flat or proxy.encode() in dump[3], f"{proxy} holds, and is not in px"
             stored = {flat[n].decode(): flat[n + 1].decode() for n in range(0, len(flat), 2)}
             held = self.model.leases.get(proxy, {})
             assert stored == {request: f"{rid} {cost}" for request, (rid, cost) in held.items()}

@@ -102,6 +102,7 @@ MUTATIONS = {
         "if place and place <= least then",
         "if place and place + 1e6 <= least then",
     ),
+    "a holder is not put into px": ("ledger/hot", "and not known then", "and false then"),
     # a small batch
     "alone, a release keeps the cost": ("lib/post", "cost - off", "cost"),
     "alone, a release keeps the count": ("lib/post", "requests - 1", "requests"),
@@ -133,6 +134,7 @@ MUTATIONS = {
         "    if rid then\n      post",
         "    if rid and not price then\n      post",
     ),
+    "alone, a holder is not put into px": ("lib/one", "if not known then", "if false then"),
     "alone, exclusions are ignored": (
         "lib/plain",
         "argv[at + 5] == '0' then\n      at = at + 6",

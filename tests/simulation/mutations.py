@@ -41,9 +41,6 @@ LEDGER = {
     "adopt does not reprice": Mutation(
         "lib/one", "rid == wanted and tokens == price", "rid == wanted"
     ),
-    "a holder is not put into px": Mutation(
-        "ledger/hot", "and not known then", "and false then", theme="proxies, data"
-    ),
     "totals are not written": Mutation("lib/accounts", "if total > 0 then", "if false then"),
     "the cap is one too high": Mutation("lib/score", "requests >= rate.cap", "requests > rate.cap"),
     "a returning replica counts as idle": Mutation(
@@ -96,7 +93,7 @@ LEDGER = {
     "alone, totals are not written": Mutation(
         "lib/post", "'*', format('%d', total), rid", "'*', '0', rid"
     ),
-    "alone, a holder is not put into px": Mutation(
+    "a holder is not put into px": Mutation(
         "lib/one", "if not known then", "if false then", theme="proxies, data"
     ),
     # the proxy
