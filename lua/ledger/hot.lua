@@ -22,7 +22,8 @@
 --   ver result..: routing version; A: rid, !BUSY (all full) or !NONE; R and D: 1 changed, 0 not
 --   error BADOP: an argument makes no sense; nothing was done
 -- Cost: O(log replicas) per operation, at most 64 operations, 16 candidates and 16 exclusions each;
---   some twenty commands a batch: all is read before the first operation, and written after the last
+--   some twenty commands a batch: all is read before the first operation, and written after the last;
+--   up to four operations that exclude no replica are carried out one by one, some twelve commands each
 -- Callers: proxy
 --@include lib/plain
 --@include lib/one

@@ -1,8 +1,8 @@
--- accounts(keys): what is outstanding on some replicas and on the model, read before the first operation
--- of a batch and written after the last. An account is a number: its replica's place in `names`, by
--- replica id in `at`. `places` are the scores of those that can be chosen; whoever chooses puts them
--- there, `charge` keeps them true and notes in `touched` which it changed. Of its functions only
--- `read` and `settle` call Redis. They are closures over plain lists: fields would cost twice as much.
+-- accounts(keys): the books of a batch: what is outstanding on some replicas and on the model, read
+-- before the first operation and written after the last. An account is a number: its replica's place
+-- in `names`, by replica id in `at`. `places` are the scores of those that can be chosen: whoever
+-- chooses puts them there, `charge` keeps them true and notes in `touched` which it changed. The
+-- functions are closures over plain lists, because in Lua a field costs several times as much.
 --@include lib/whole
 --@include lib/rates
 --@include lib/score
@@ -105,8 +105,13 @@ local function accounts(keys)
     end
   end
 
+  -- full(cap): whether the model has `cap` requests.
+  local function full(cap)
+    return total >= cap
+  end
+
   return {
     names = names, at = at, places = places, touched = touched, read = read, rated = rated,
-    charge = charge, settle = settle, full = function(cap) return total >= cap end,
+    charge = charge, settle = settle, full = full,
   }
 end

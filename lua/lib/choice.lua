@@ -1,15 +1,16 @@
--- choice(keys, book, batch): how a batch chooses replicas. Returns `look`, which reads of `ready` what
--- the batch will need, and `choose`. Candidates are of two kinds: `loose` ones, which the batch names
--- or has charged, in any order, and `fresh` ones, which nothing was charged to since they were read,
--- in the order of scores. Whoever has not been read has a score of at least `limit`, because nothing
--- is written before the end of the batch.
+-- choice(keys, book, batch): how a batch chooses replicas: choose(index), below. Reads of `ready` what
+-- the batch will probably need. Candidates are of two kinds: `loose` ones, which the batch names or
+-- has charged, in any order, and `fresh` ones, which were not charged since they were read, in the
+-- order of scores. Whoever has not been read has a score of at least `limit`, because nothing is
+-- written before the end of the batch. Of the loose ones the least score, and who has it, is known
+-- as long as those do not change: a search for each choice would cost more than all the rest.
 --@include lib/whole
 --@include lib/prefer
 local function choice(keys, book, batch)
   local names, at, places, touched = book.names, book.at, book.places, book.touched
   local exclusions, affinity, full = batch.excluded, batch.affinity, book.full
   local loose, fresh, next, alike, spread, rank, limit = {}, {}, 1, 0, false, 0, nil
-  -- The least score among the loose ones and those that have it: the last of them has it still.
+  -- The least score of a loose one and the `tied` first of `ties`, which had it; the last one has it.
   local lowest, ties, tied, noted, stale = math.huge, {}, 0, 0, true
 
   local limits = redis.call('HMGET', keys.spec, 'max_requests', 'affinity_absolute', 'affinity_relative')
@@ -17,9 +18,10 @@ local function choice(keys, book, batch)
   local absolute = whole(limits[2], 0, 0, 1e9) * 1000
   local relative = math.max(1, math.min(1000, tonumber(limits[3]) or 1))
 
-  local function add(found, last)
+  -- add(found): put replicas and their scores, in order, among the fresh ones.
+  local function add(found)
     local count = #names
-    for index = 1, last, 2 do
+    for index = 1, #found, 2 do
       local rid = found[index]
       if not at[rid] then
         count = count + 1
@@ -37,7 +39,7 @@ local function choice(keys, book, batch)
     local first, size = #names + 1, 64
     local found = redis.call('ZRANGE', keys.ready, string.format('%d', rank),
       string.format('%d', rank + size - 1), 'WITHSCORES')
-    add(found, #found)
+    add(found)
     if #names >= first then
       book.read(first)
     end
@@ -62,7 +64,7 @@ local function choice(keys, book, batch)
     return last
   end
 
-  -- Make `lowest` and `ties` true.
+  -- compare(excluded): make `lowest` and `ties` true, for a request that excludes some.
   local function compare(excluded)
     for index = noted + 1, #touched do
       local account = touched[index]
@@ -104,10 +106,10 @@ local function choice(keys, book, batch)
     next = next + 1
   end
 
-  -- choose(index): the account for a reservation, or nil and !BUSY or !NONE. The
-  -- lowest score wins, ties by the caller's random number; an affinity candidate wins where the
+  -- choose(index): the account for a reserve, which must be charged next, or nil and !BUSY or !NONE.
+  -- The lowest score wins, ties by the caller's random number; an affinity candidate wins where the
   -- request would be worked off sooner, with max(lowest + absolute, lowest × relative) for the lowest
-  -- score. The account must be charged next.
+  -- score.
   local function choose(index)
     if full(max_requests) then
       return nil, '!BUSY'
@@ -153,8 +155,8 @@ local function choice(keys, book, batch)
     return account
   end
 
-  -- Read the scores of the accounts that the book has, and as many of the lowest as the
-  -- batch needs. Of more equally idle replicas, a part that begins anywhere, so that each may be chosen.
+  -- The scores of the accounts that the book has, and as many of the lowest as the batch needs. Of
+  -- more equally idle replicas, a part that begins anywhere, so that each may be chosen.
   do
     local named, size = #names, math.min(80, batch.reserves + batch.tries)
     if named > 0 then
@@ -181,7 +183,7 @@ local function choice(keys, book, batch)
       found = redis.call('ZRANGE', keys.ready, '0', string.format('%d', size - 1), 'WITHSCORES')
       rank, limit = size, #found == 2 * size and tonumber(found[#found]) or nil
     end
-    add(found, #found)
+    add(found)
   end
 
   return choose

@@ -1,6 +1,7 @@
 -- holdings(keys, batch, book): what the requests of a batch hold, and accounts in the book for all
 -- replicas that the batch names. For each request it stands at its first operation: `before`, what
--- the lease hash says; `on`, the account, or false; `held`, the cost. `again` leads the others there.
+-- the lease hash says; `on`, the account, if any; `held`, the cost; `moved`, whether the batch changed
+-- it. `again` leads further operations of the same request there.
 --@include lib/lease_of
 local function holdings(keys, batch, book)
   local requests, rids, names, at = batch.requests, batch.rids, book.names, book.at

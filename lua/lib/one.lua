@@ -11,11 +11,10 @@ local function one(keys, argv, at)
   local rid, tokens = lease_of(text)
   local result, after, price = 1, at + 2, nil
   if verb == 'A' then
-    after = at + 6
+    after, price = at + 6 + 2 * argv[at + 4], true
     if rid then
       return rid, after
     end
-    price = whole(wanted, 1, 0, 1e9)
   elseif verb == 'D' then
     after, price = at + 4, whole(argv[at + 3], 1, 0, 1e9)
     if rid == wanted and tokens == price then
@@ -26,8 +25,8 @@ local function one(keys, argv, at)
   end
   local known = not price or redis.call('ZSCORE', keys.px, argv[1])
   if verb == 'A' then
-    wanted, result = seat(keys, argv[at + 3], price)
-    result = wanted or result
+    wanted, price = seat(keys, argv, at)
+    result = wanted or price
   elseif rid == wanted then
     post(keys, rid, tokens, price)
   else

@@ -1,7 +1,8 @@
 -- operations(argv, first): the batch from argv[first] on, as lists with a place for each operation,
 -- or nil and the number of the argument that makes no sense. Costs are clamped to [0, 1e9]; what is
 -- no number costs 1. `affinity` (a list), `there` (what it costs on each of them) and `excluded` (a
--- set) are there only for those reserves that name any.
+-- set) are there only for those reserves that name any; `asks` is the first reserve, `holds` whether
+-- anything may be held after the batch, and random(index) a reserve's number, which few need.
 --@include lib/whole
 local function operations(argv, first)
   local verbs, requests, costs, begins = {}, {}, {}, {}

@@ -1,5 +1,5 @@
 -- plain(argv, first): whether the batch from argv[first] on has four operations at most, all of them
--- well-formed, and its reserves name no replicas: then they are carried out one by one, which costs
+-- well-formed, and its reserves exclude no replica: then they are carried out one by one, which costs
 -- less than a batch's books. Under light load most batches are such, and for each reserve somebody
 -- waits.
 local function plain(argv, first)
@@ -8,8 +8,9 @@ local function plain(argv, first)
     local verb, request = argv[at], argv[at + 1] or ''
     if #request < 1 or #request > 200 then
       return false
-    elseif verb == 'A' and argv[at + 4] == '0' and argv[at + 5] == '0' then
-      at = at + 6
+    elseif verb == 'A' and argv[at + 5] == '0' and string.find(argv[at + 4], '^1?%d$')
+      and tonumber(argv[at + 4]) <= 16 then
+      at = at + 6 + 2 * argv[at + 4]
     elseif verb == 'R' then
       at = at + 2
     elseif verb == 'D' and #(argv[at + 2] or '') <= 128

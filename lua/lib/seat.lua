@@ -1,8 +1,9 @@
--- seat(keys, random, price): reserve on the replica with the lowest score, of several on the one that
--- the random number names; returns it, or nil and !BUSY or !NONE.
+-- seat(keys, argv, at): reserve for the operation at argv[at], a plain one; returns replica and cost, or
+-- nil and !BUSY or !NONE. The lowest score wins, ties by the caller's random number, or a candidate.
 --@include lib/whole
 --@include lib/post
-local function seat(keys, random, price)
+--@include lib/sooner
+local function seat(keys, argv, at)
   local cap = whole(redis.call('HGET', keys.spec, 'max_requests'), 1e9, 0, 1e9)
   local found = redis.call('ZRANGE', keys.ready, '0', '1', 'WITHSCORES')
   local rid, least = found[1], found[2]
@@ -13,11 +14,12 @@ local function seat(keys, random, price)
     return nil, total < cap and '!NONE' or '!BUSY'
   elseif least == found[4] then
     local ties = redis.call('ZCOUNT', keys.ready, least, least)
-    local place = string.format('%d', whole(random, 0, 0, 1e9) % ties)
+    local place = string.format('%d', whole(argv[at + 3], 0, 0, 1e9) % ties)
     rid = redis.call('ZRANGE', keys.ready, place, place)[1]
   end
-  if tonumber(least) >= 4e15 or not post(keys, rid, nil, price, cap) then
+  local chosen, cost = sooner(keys, argv, at, rid, tonumber(least))
+  if tonumber(least) >= 4e15 or not post(keys, chosen, nil, cost, cap) then
     return nil, '!BUSY'
   end
-  return rid
+  return chosen, cost
 end

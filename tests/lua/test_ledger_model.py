@@ -120,9 +120,25 @@ MUTATIONS = {
         "'*', '0', rid",
     ),
     "alone, hostile cost is not clamped": (
-        "lib/one",
-        "price = whole(wanted, 1, 0, 1e9)",
-        "price = tonumber(wanted) or 1",
+        "lib/sooner",
+        "whole(argv[at + 2], 1, 0, 1e9)",
+        "tonumber(argv[at + 2]) or 1",
+    ),
+    "alone, affinity has no bound": ("lib/sooner", "done < least", "done < math.huge"),
+    "alone, affinity ignores the cost there": (
+        "lib/sooner",
+        "place + prices[rids[index]] * rates(weights[index + 1], known).inverse",
+        "place",
+    ),
+    "alone, affinity ignores the cost elsewhere": (
+        "lib/sooner",
+        " + cost * rates(weights[1], known).inverse",
+        "",
+    ),
+    "alone, a candidate is charged the cost elsewhere": (
+        "lib/sooner",
+        "best, prices[best] or cost",
+        "best, cost",
     ),
     "alone, an adopted request is not moved": (
         "lib/one",
@@ -135,11 +151,6 @@ MUTATIONS = {
         "    if rid and not price then\n      post",
     ),
     "alone, a holder is not put into px": ("lib/one", "if not known then", "if false then"),
-    "alone, exclusions are ignored": (
-        "lib/plain",
-        "argv[at + 5] == '0' then\n      at = at + 6",
-        "tonumber(argv[at + 5]) then\n      at = at + 6 + argv[at + 5]",
-    ),
     # others
     "reap leaves the totals": ("ledger/reap", "book.settle()\n", ""),
     "reap takes a living proxy": ("ledger/reap", "if beat and beat", "if not beat and beat"),

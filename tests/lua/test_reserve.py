@@ -125,14 +125,16 @@ async def test_affinity_counts_work_at_each_replicas_speed(door: Registry) -> No
     assert results == [True, "fast", True, "slow"]
 
 
-async def test_full_replicas_have_no_affinity(door: Registry) -> None:
+@pytest.mark.parametrize("others", [0, 9], ids=["alone", "in a large batch"])
+async def test_full_replicas_have_no_affinity(door: Registry, others: int) -> None:
     """However wide the relative bound, a full replica does not win by affinity."""
     fence = await lead(door)
     await make_ready(door, fence, "slow", capacity=0.001)
     await make_ready(door, fence, "full", max_requests=0)
     await door.specs.write(fence, MODEL, {"affinity_relative": "1000"})
     ops = [Adopt("x", "slow", 10**9), Reserve("a", 1, 0, affinity=(("full", 1),))]
-    assert (await door.ledger.batch(MODEL, "p1", ops)).results == [True, "slow"]
+    ops += [Release(f"other-{n}") for n in range(others)]
+    assert (await door.ledger.batch(MODEL, "p1", ops)).results[:2] == [True, "slow"]
 
 
 async def test_model_cap(door: Registry) -> None:
