@@ -36,7 +36,11 @@ LEDGER = {
     ),
     "release keeps the cost": Mutation("lib/accounts", "cost + tokens", "cost"),
     "what moves stays counted where it was": Mutation(
-        "lib/one", "    if rid then\n      post", "    if rid and not price then\n      post"
+        "lib/one",
+        "    if rid then\n      post",
+        "    if rid and not price then\n      post",
+        theme="slowness",
+        seed=5,
     ),
     "adopt does not reprice": Mutation(
         "lib/one", "rid == wanted and tokens == price", "rid == wanted"
