@@ -319,6 +319,61 @@ async def test_the_end_of_either_side_gives_the_stream_back(carrier: Carrier) ->
         stream.close()
 
 
+async def test_what_came_before_the_end_is_carried_though_an_edge_tells_once(
+    carrier: Carrier,
+) -> None:
+    """Tokens that wait when a stream is lent, and an end that came with the last of them."""
+    stream = Stream(None)
+    stream.replica.sendall(plain("x"))
+    stream.replica.close()
+    await enter(carrier, stream)
+    await wait_until(lambda: not carrier.streams, what="its end is seen")
+    stream.take_output()
+    assert (stream.out, stream.events, stream.backs) == (plain("x"), 1, [b""])
+    stream.close()
+
+
+async def test_a_read_that_fills_the_buffer_is_given_back(carrier: Carrier) -> None:
+    """An edge tells once of what is behind it; whoever reads on does not depend on edges."""
+    stream = Stream(None)
+    stream.relay = len  # type: ignore[assignment, method-assign] - what is given back counts
+    stream.replica.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+    text = "x" * ((1 << 16) - len(plain("")) - len("ff"))  # its size has two digits more
+    stream.replica.sendall(plain(text) + plain("y"))
+    await enter(carrier, stream)
+    await wait_until(lambda: not stream.lent, what="it is given back")
+    assert (stream.backs, stream.events) == ([plain(text)], 0)
+    assert stream.up.recv(1 << 20) == plain("y")
+    stream.close()
+
+
+async def test_tokens_are_acknowledged_lazily(carrier: Carrier) -> None:
+    """The kernel takes the replica's connection for an interactive one."""
+    stream = Stream(None)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        replica = socket.create_connection(listening.getsockname())
+        up, _ = listening.accept()
+    up.setblocking(False)
+    assert up.getsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK)
+    stream.lent_fd = up.fileno()
+    await enter(carrier, stream)
+    assert not up.getsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK)
+    replica.sendall(plain("x"))
+    await wait_until(lambda: _waiting(stream.client) > 0, what="it is carried")
+    assert stream.source.carried is not None
+    stream.source.carried.end()
+    for each in (replica, up):
+        each.close()
+    stream.close()
+
+
+def _waiting(receiver: socket.socket) -> int:
+    """Count the bytes that wait to be read."""
+    with contextlib.suppress(BlockingIOError):
+        return len(receiver.recv(1 << 16, socket.MSG_PEEK))
+    return 0
+
+
 async def test_streams_come_and_go_without_mixing(carrier: Carrier) -> None:
     """Hundreds of streams in changing places, taken back at any moment: each gets its own."""
     source = random.Random(5)
