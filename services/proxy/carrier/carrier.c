@@ -10,6 +10,7 @@
  * Nothing here blocks or calls back; of a stream it keeps its token ids and no text. Not for
  * several threads. Errors are values: -1 where there is no memory or no descriptor.
  */
+#define _GNU_SOURCE
 #include <errno.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
@@ -19,6 +20,7 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
+#include <time.h>
 #include <unistd.h>
 
 enum {
@@ -48,11 +50,14 @@ struct carrier {
   int epoll;
   uint32_t places, first_free;
   int ready, next;
+  double now_s; /* when `events` were ready */
   struct stream *streams;
-  struct {
+  struct { /* of the stream that was given back, or taken out, last: compiled.Report */
     uint64_t kind, bytes;
-    const char *data;
-  } left; /* of the stream that was given back last; Python reads it (compiled.Left) */
+    const char *data; /* what was not carried */
+    uint64_t events, chars, ids_count;
+    uint32_t *ids;
+  } report;
   struct epoll_event events[READY];
   char in[IN_BYTES];
   char out[OUT_BYTES];
@@ -74,7 +79,14 @@ struct carrier *carrier_new(void) {
 
 int carrier_fd(const struct carrier *c) { return c->epoll; }
 
-const void *carrier_left(const struct carrier *c) { return &c->left; }
+const void *carrier_report(const struct carrier *c) { return &c->report; }
+
+/* The time on the clock of Python's loops. */
+static double now_s(void) {
+  struct timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return (double)now.tv_sec + (double)now.tv_nsec / 1e9;
+}
 
 static void forget(struct stream *s) {
   free(s->before);
@@ -85,6 +97,7 @@ static void forget(struct stream *s) {
 void carrier_free(struct carrier *c) {
   for (uint32_t place = 0; place < c->places; place++) forget(&c->streams[place]);
   free(c->streams);
+  free(c->report.ids);
   close(c->epoll);
   free(c);
 }
@@ -103,8 +116,8 @@ static bool more_places(struct carrier *c) {
   return true;
 }
 
-/* Has the kernel acknowledge every other token, instead of each one when it is read, which costs about
- * as much as reading it: the connection counts as interactive, until a token comes 40 ms late. */
+/* Has the kernel acknowledge every other token, instead of each one as it is read, which costs as
+ * much as reading it: the connection counts as interactive, until a token comes 40 ms late. */
 static void acknowledge_lazily(int up) {
   int no = 0;
   setsockopt(up, IPPROTO_TCP, TCP_QUICKACK, &no, sizeof no); /* merely dearer without it */
@@ -112,7 +125,7 @@ static void acknowledge_lazily(int up) {
 
 /* Takes a stream over; returns its place, or -1. `before_bytes` 0: it is passed on as it is. */
 int carrier_add(struct carrier *c, int up, int down, const char *before, uint32_t before_bytes,
-                const char *after, uint32_t after_bytes, double now_s) {
+                const char *after, uint32_t after_bytes) {
   if (c->first_free == NOWHERE && !more_places(c)) return -1;
   uint32_t place = c->first_free;
   struct stream *s = &c->streams[place];
@@ -134,29 +147,26 @@ int carrier_add(struct carrier *c, int up, int down, const char *before, uint32_
   acknowledge_lazily(up);
   s->up = up;
   s->down = down;
-  s->heard_s = now_s;
+  s->heard_s = now_s();
   c->first_free = next_free;
   return (int)place;
-}
-
-/* What was carried of a stream so far. `ids` is good until the stream is removed. */
-void carrier_told(const struct carrier *c, uint32_t place, uint64_t *events, uint64_t *chars,
-                  uint64_t *ids_count, const uint32_t **ids) {
-  const struct stream *s = &c->streams[place];
-  *events = s->events;
-  *chars = s->chars;
-  *ids_count = s->ids_count;
-  *ids = s->ids;
 }
 
 double carrier_heard_s(const struct carrier *c, uint32_t place) {
   return c->streams[place].heard_s;
 }
 
-/* Takes a stream out; both sockets must be open still. */
+/* Takes a stream out, and reports what was carried of it; both sockets must be open still. Ids are
+ * good until the next stream is taken out. */
 void carrier_remove(struct carrier *c, uint32_t place) {
   struct stream *s = &c->streams[place];
   epoll_ctl(c->epoll, EPOLL_CTL_DEL, s->up, NULL);
+  free(c->report.ids);
+  c->report.events = s->events;
+  c->report.chars = s->chars;
+  c->report.ids_count = s->ids_count;
+  c->report.ids = s->ids;
+  s->ids = NULL;
   forget(s);
   s->next_free = c->first_free;
   c->first_free = place;
@@ -331,13 +341,13 @@ static size_t retell(struct stream *s, const char *in, size_t bytes, char *out) 
 }
 
 static bool leave(struct carrier *c, uint64_t kind, const char *data, size_t bytes) {
-  c->left.kind = kind;
-  c->left.data = data;
-  c->left.bytes = bytes;
+  c->report.kind = kind;
+  c->report.data = data;
+  c->report.bytes = bytes;
   return false;
 }
 
-/* Hands a read on; false: the stream is to be given back, see `left`. */
+/* Hands a read on; false: the stream is to be given back, see `report`. */
 static bool hand_on(struct carrier *c, struct stream *s, size_t got) {
   size_t bytes = got;
   const char *out = c->in;
@@ -355,15 +365,15 @@ static bool hand_on(struct carrier *c, struct stream *s, size_t got) {
 }
 
 /* Carries all that has come for one stream, of which an edge tells once; false: it is to be given
- * back, see `left`. A read that is short has emptied the socket, unless it came to its end. */
-static bool carry(struct carrier *c, struct stream *s, uint32_t edge, double now_s) {
+ * back, see `report`. A read that is short has emptied the socket, unless it came to its end. */
+static bool carry(struct carrier *c, struct stream *s, uint32_t edge) {
   ssize_t got;
   do {
     got = recv(s->up, c->in, IN_BYTES, MSG_DONTWAIT);
     if (got < 0 && errno == EINTR) continue;
     if (got < 0 && errno == EAGAIN) return true;
     if (got <= 0) return leave(c, ENDED, c->in, 0);
-    s->heard_s = now_s;
+    s->heard_s = c->now_s;
     if (got == IN_BYTES) return leave(c, UNUSUAL, c->in, IN_BYTES);
     if (!hand_on(c, s, (size_t)got)) return false;
   } while (got < 0 || edge & (EPOLLRDHUP | EPOLLHUP | EPOLLERR));
@@ -372,8 +382,9 @@ static bool carry(struct carrier *c, struct stream *s, uint32_t edge, double now
 
 /* Carries what has come; returns the place of a stream that must be removed now, and then this be
  * called again, or -1 where nothing is left to do. */
-int carrier_run(struct carrier *c, double now_s) {
+int carrier_run(struct carrier *c) {
   if (c->next == c->ready) {
+    c->now_s = now_s();
     c->next = 0;
     c->ready = epoll_wait(c->epoll, c->events, READY, 0);
     if (c->ready < 0) c->ready = 0;
@@ -382,7 +393,7 @@ int carrier_run(struct carrier *c, double now_s) {
     struct epoll_event *event = &c->events[c->next++];
     uint32_t place = event->data.u32;
     struct stream *s = &c->streams[place];
-    if (s->down >= 0 && !carry(c, s, event->events, now_s)) return (int)place;
+    if (s->down >= 0 && !carry(c, s, event->events)) return (int)place;
   }
   return -1;
 }

@@ -16,7 +16,7 @@ import ctypes
 from array import array
 from typing import Any, Final, NamedTuple, Protocol
 
-from services.proxy.carrier.compiled import load
+from services.proxy.carrier import compiled
 
 ENDED: Final = 0
 UNUSUAL: Final = 1
@@ -111,7 +111,7 @@ class Carrier:
         self._self: int | None = library.carrier_new()
         if self._self is None:
             raise OSError("no descriptor, or no memory, for the carrier")
-        self._left = library.carrier_left(self._self).contents
+        self._report: compiled.Report = library.carrier_report(self._self).contents
         self._streams: dict[int, Carried] = {}
         self._run: Any = library.carrier_run
         self.taken = 0
@@ -143,16 +143,14 @@ class Carrier:
         """Take a stream back, and tell its target what was carried."""
         carried = self._streams.pop(place)
         carried.source.carried = None
-        events, chars, count = ctypes.c_uint64(), ctypes.c_uint64(), ctypes.c_uint64()
-        ids = ctypes.c_void_p()
-        library = self._library
-        library.carrier_told(self._self, place, events, chars, count, ids)
-        copy = array("I")
-        if count.value:
-            copy.frombytes(ctypes.string_at(ids.value or 0, count.value * copy.itemsize))
-        library.carrier_remove(self._self, place)
-        self.tokens += events.value
-        carried.target.carried(Told(events.value, chars.value, copy))
+        self._library.carrier_remove(self._self, place)
+        report = self._report
+        events, count = report.events, report.ids_count
+        ids = array("I")
+        if count:
+            ids.frombytes(ctypes.string_at(report.ids or 0, count * ids.itemsize))
+        self.tokens += events
+        carried.target.carried(Told(events, report.chars, ids))
 
     def close(self) -> None:
         """Take everything back, and end; nothing can be offered any more."""
@@ -177,7 +175,7 @@ class Carrier:
             return
         before, after = shape
         place = self._library.carrier_add(
-            self._self, up, down, before, len(before), after, len(after), self._loop.time()
+            self._self, up, down, before, len(before), after, len(after)
         )
         if place < 0:
             source.take_back(b"")
@@ -187,25 +185,34 @@ class Carrier:
 
     def _ready(self) -> None:
         """Carry what has come, and handle what is given back."""
-        run, me, now_s = self._run, self._self, self._loop.time()
-        while (place := run(me, now_s)) >= 0:
-            left = self._left
-            data = ctypes.string_at(left.data, left.bytes) if left.bytes else b""
-            kind = left.kind
-            carried = self._streams[place]
-            source, target = carried.source, carried.target
-            self.take(place)
-            if kind == SLOW:
-                source.take_back(b"")
-                if not target.write_rest(data):
-                    source.pause()
-            else:
-                source.take_back(data)
+        run, me = self._run, self._self
+        while (place := run(me)) >= 0:
+            try:
+                self._given_back(place)
+            except Exception as error:  # noqa: BLE001 - others have come, whose edges are told once
+                self._loop.call_exception_handler(
+                    {"message": "a stream that was carried was not handled", "exception": error}
+                )
             if self._self is None:
                 return  # what was handled has ended us
+
+    def _given_back(self, place: int) -> None:
+        """Take a stream back, and handle what was read of it last."""
+        report = self._report
+        kind, size = report.kind, report.bytes
+        data = ctypes.string_at(report.data or 0, size) if size else b""
+        carried = self._streams[place]
+        source, target = carried.source, carried.target
+        self.take(place)
+        if kind == SLOW:
+            source.take_back(b"")
+            if not target.write_rest(data):
+                source.pause()
+        else:
+            source.take_back(data)
 
 
 def make_carrier(loop: asyncio.AbstractEventLoop) -> Carrier | None:
     """Make the carrier of a proxy; None where the library was not built."""
-    library = load()
+    library = compiled.load()
     return None if library is None else Carrier(library, loop)

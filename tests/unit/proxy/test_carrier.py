@@ -319,10 +319,8 @@ async def test_the_end_of_either_side_gives_the_stream_back(carrier: Carrier) ->
         stream.close()
 
 
-async def test_what_came_before_the_end_is_carried_though_an_edge_tells_once(
-    carrier: Carrier,
-) -> None:
-    """Tokens that wait when a stream is lent, and an end that came with the last of them."""
+async def test_what_came_before_the_carrier_looks_is_carried(carrier: Carrier) -> None:
+    """Tokens that wait when a stream is lent, and their end: an edge tells of them once."""
     stream = Stream(None)
     stream.replica.sendall(plain("x"))
     stream.replica.close()
@@ -360,11 +358,9 @@ async def test_tokens_are_acknowledged_lazily(carrier: Carrier) -> None:
     assert not up.getsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK)
     replica.sendall(plain("x"))
     await wait_until(lambda: _waiting(stream.client) > 0, what="it is carried")
-    assert stream.source.carried is not None
-    stream.source.carried.end()
-    for each in (replica, up):
+    carrier.close()
+    for each in (replica, up, stream):
         each.close()
-    stream.close()
 
 
 def _waiting(receiver: socket.socket) -> int:
@@ -372,6 +368,26 @@ def _waiting(receiver: socket.socket) -> int:
     with contextlib.suppress(BlockingIOError):
         return len(receiver.recv(1 << 16, socket.MSG_PEEK))
     return 0
+
+
+async def test_a_fault_in_handling_one_stream_is_no_other_ones(carrier: Carrier) -> None:
+    """What else came with it is carried: its edge is not told again."""
+    faulty, other = Stream(None), Stream(None)
+    faults: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: faults.append(context))
+
+    def fail(data: bytes) -> None:
+        raise ZeroDivisionError(data)
+
+    faulty.relay = fail  # type: ignore[method-assign] - stands for any fault of ours
+    for stream, data in ((faulty, b"x"), (other, plain("x"))):
+        await enter(carrier, stream)
+        stream.replica.sendall(data)
+    await wait_until(lambda: _waiting(other.client) > 0, what="it is carried")
+    assert (len(faults), carrier.streams) == (1, 1)
+    carrier.close()
+    for stream in (faulty, other):
+        stream.close()
 
 
 async def test_streams_come_and_go_without_mixing(carrier: Carrier) -> None:
