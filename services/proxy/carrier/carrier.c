@@ -26,7 +26,8 @@
 enum {
   IN_BYTES = 1 << 16,   /* of one read; what fills it is not usual */
   OUT_BYTES = IN_BYTES * 2, /* what is retold grows by less than a tenth */
-  READY = 128,          /* streams served for one wake-up of the loop */
+  READY = 128,          /* streams that one look tells of */
+  TURN = 16,            /* streams after which there is no further look in this turn of the loop */
   MAX_SIZE_DIGITS = 6,  /* of a chunk's size */
   MAX_ID_DIGITS = 9,    /* of a token id: fits 32 bits */
 };
@@ -380,20 +381,21 @@ static bool carry(struct carrier *c, struct stream *s, uint32_t edge) {
   return true;
 }
 
-/* Carries what has come; returns the place of a stream that must be removed now, and then this be
- * called again, or -1 where nothing is left to do. */
+/* Carries what has come, and what comes meanwhile: tokens come in bursts, and the loop's next turn
+ * costs more than another look. Returns the place of a stream that must be removed now, and then
+ * this be called again; -1 where nothing is left, or others should have their turn. */
 int carrier_run(struct carrier *c) {
-  if (c->next == c->ready) {
-    c->now_s = now_s();
-    c->next = 0;
-    c->ready = epoll_wait(c->epoll, c->events, READY, 0);
-    if (c->ready < 0) c->ready = 0;
-  }
-  while (c->next < c->ready) {
+  for (int carried = 0;; carried++) {
+    if (c->next == c->ready) {
+      if (carried >= TURN) return -1;
+      c->now_s = now_s();
+      c->next = 0;
+      c->ready = epoll_wait(c->epoll, c->events, READY, 0);
+      if (c->ready <= 0) return c->ready = 0, -1;
+    }
     struct epoll_event *event = &c->events[c->next++];
     uint32_t place = event->data.u32;
     struct stream *s = &c->streams[place];
     if (s->down >= 0 && !carry(c, s, event->events)) return (int)place;
   }
-  return -1;
 }
