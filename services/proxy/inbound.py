@@ -105,11 +105,10 @@ def named_model(given: Peek) -> str:
 
 def inbound(path: bytes, body: bytes, request_id: bytes, given: Peek) -> Inbound:
     """Put together what is sent to a replica."""
-    limit = _whole(given.max_completion_tokens)
-    if limit is None:
-        limit = _whole(given.max_tokens)
-    if limit is None:
-        limit = _whole(given.max_output_tokens)
+    limit = None
+    for bound in (given.max_completion_tokens, given.max_tokens, given.max_output_tokens):
+        if bound is not None and (limit := _whole(bound)) is not None:
+            break
     prompt = bytes(given.messages) or bytes(given.prompt) or bytes(given.input)
     return Inbound(
         path=path,
@@ -118,7 +117,7 @@ def inbound(path: bytes, body: bytes, request_id: bytes, given: Peek) -> Inbound
         prompt_tokens=prompt_tokens(prompt),
         prefix=prefix_of(prompt, bytes(given.tools)),
         client_limit_tokens=limit,
-        choices=_whole(given.n) or 1,
+        choices=1 if given.n is None else _whole(given.n) or 1,
         tape=_tape(path, given) if given.stream is True else None,
     )
 

@@ -52,7 +52,15 @@ class Carrying(Protocol):
 class Head:
     """What matters of a request's head."""
 
-    __slots__ = ("content_type", "expects", "length", "request_id", "resumable", "unframed")
+    __slots__ = (
+        "content_type",
+        "expects",
+        "is_json",
+        "length",
+        "request_id",
+        "resumable",
+        "unframed",
+    )
 
     def __init__(self, headers: Headers) -> None:
         self.content_type = b""
@@ -78,6 +86,11 @@ class Head:
                 self.expects = True
             elif name == b"transfer-encoding":
                 self.unframed = True
+        self.is_json = self.content_type.startswith(b"application/json") or self._is_json()
+
+    def _is_json(self) -> bool:
+        media_type = self.media_type
+        return media_type.startswith("application/") and media_type.endswith("json")
 
     @property
     def media_type(self) -> str:
@@ -197,7 +210,7 @@ class DirectCycle:
         lines = [_STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status, self._default_lines]
         chunked = status != BODILESS
         for name, value in headers:
-            lines.append(b"%b: %b\r\n" % (name, value))
+            lines += (name, b": ", value, b"\r\n")
             if name == b"content-length":
                 chunked = False
             elif name == b"connection" and value == b"close":

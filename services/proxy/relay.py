@@ -122,10 +122,10 @@ class Relay:
             return self._feed_tape(tape, data, complete=complete)
         if self.client.started:
             return self._feed_begun(data, complete=complete)
+        if complete:
+            return self._whole(b"".join((*self._held, data)) if self._held else data)
         self._held.append(data)
         self._held_bytes += len(data)
-        if complete:
-            return self._whole(b"".join(self._held))
         if self._held_bytes > UNARY_BUFFER_BYTES and self._head.framed:
             self._start()
             self.client.write(b"".join(self._held), more=True)

@@ -385,7 +385,8 @@ class Connection(asyncio.Protocol):
         self._chunks = None
         self._status = 0
         self._fresh = self._reused = True
-        self.resume()
+        if self._paused:
+            self.resume()
         transport = self._transport
         if transport is None or transport.is_closing():
             return

@@ -296,10 +296,8 @@ class HotRoutes:
 
 
 def _check_json(head: Head) -> None:
-    if not head.content_type.startswith(b"application/json"):
-        media_type = head.media_type
-        if not (media_type.startswith("application/") and media_type.endswith("json")):
-            raise RefusedError(refusals.wrong_content_type(media_type, JSON))
+    if not head.is_json:
+        raise RefusedError(refusals.wrong_content_type(head.media_type, JSON))
 
 
 def _refusal_of(
