@@ -200,6 +200,17 @@ class Connection(asyncio.Protocol):
         if data:
             self.data_received(data)
 
+    def carried_whole(self) -> None:
+        """Tell that all of the answer has come, after its last bytes were carried."""
+        sink, transport = self._sink, self._transport
+        if sink is None or transport is None:
+            return
+        if not transport.is_closing():
+            transport.resume_reading()
+        self._complete = True
+        self._finish()
+        sink.answer_data(b"", complete=True)
+
     def abort(self) -> None:
         """Close at once; an engine takes this for a cancellation. The sink hears no more."""
         self._sink = None

@@ -33,7 +33,7 @@ enum {
 };
 
 /* Why a stream is given back. */
-enum { ENDED = 0, UNUSUAL = 1, SLOW = 2 };
+enum { ENDED = 0, UNUSUAL = 1, SLOW = 2, WHOLE = 3 };
 
 struct stream {
   int up;   /* the replica's socket */
@@ -54,7 +54,7 @@ struct carrier {
   double now_s; /* when `events` were ready */
   struct stream *streams;
   struct { /* of the stream that was given back, or taken out, last: compiled.Report */
-    uint64_t kind, bytes;
+    uint64_t kind, whole, bytes; /* whole: the answer's last chunk came, too */
     const char *data; /* what was not carried */
     uint64_t events, chars, ids_count;
     uint32_t *ids;
@@ -212,12 +212,18 @@ static uint64_t count_events(const char *at, size_t bytes) {
   return events;
 }
 
-/* Checks a read that is passed on as it is: whole chunks of whole events. */
-static bool pass(struct stream *s, const char *in, size_t bytes) {
+static const char LAST_CHUNK[] = "0\r\n\r\n";
+enum { LAST_CHUNK_BYTES = sizeof LAST_CHUNK - 1 };
+
+/* Checks a read that is passed on as it is: whole chunks of whole events, and perhaps the last one
+ * without trailers (`whole`), with nothing after it. */
+static bool pass(struct stream *s, const char *in, size_t bytes, bool *whole) {
   const char *at = in, *end = in + bytes, *payload;
   size_t size;
   uint64_t events = 0;
   while (at < end) {
+    *whole = end - at == LAST_CHUNK_BYTES && memcmp(at, LAST_CHUNK, LAST_CHUNK_BYTES) == 0;
+    if (*whole) break;
     if (!chunk(at, end, &payload, &size)) return false;
     events += count_events(payload, size);
     at = payload + size + 2;
@@ -352,17 +358,19 @@ static bool leave(struct carrier *c, uint64_t kind, const char *data, size_t byt
 static bool hand_on(struct carrier *c, struct stream *s, size_t got) {
   size_t bytes = got;
   const char *out = c->in;
+  bool whole = false;
   if (s->before != NULL) {
     out = c->out;
     bytes = retell(s, c->in, got, c->out);
     if (!bytes) return leave(c, UNUSUAL, c->in, got);
-  } else if (!pass(s, c->in, got)) {
+  } else if (!pass(s, c->in, got, &whole)) {
     return leave(c, UNUSUAL, c->in, got);
   }
   ssize_t sent = send(s->down, out, bytes, MSG_DONTWAIT | MSG_NOSIGNAL);
   if (sent < 0) sent = 0; /* whatever it is, who writes the rest learns it */
+  c->report.whole = whole;
   if ((size_t)sent < bytes) return leave(c, SLOW, out + sent, bytes - (size_t)sent);
-  return true;
+  return !whole || leave(c, WHOLE, out, 0);
 }
 
 /* Carries all that has come for one stream, of which an edge tells once; false: it is to be given

@@ -21,6 +21,7 @@ from services.proxy.carrier import compiled
 ENDED: Final = 0
 UNUSUAL: Final = 1
 SLOW: Final = 2
+WHOLE: Final = 3
 """Why the library gives a stream back (as in carrier.c)."""
 
 MAX_OFFERS: Final = 16
@@ -54,6 +55,10 @@ class Source(Protocol):
 
     def pause(self) -> None:
         """Read nothing for now."""
+        ...
+
+    def carried_whole(self) -> None:
+        """Go on after an answer whose last bytes were carried, too; reads again."""
         ...
 
 
@@ -199,12 +204,17 @@ class Carrier:
     def _given_back(self, place: int) -> None:
         """Take a stream back, and handle what was read of it last."""
         report = self._report
-        kind, size = report.kind, report.bytes
+        kind, whole, size = report.kind, report.whole, report.bytes
         data = ctypes.string_at(report.data or 0, size) if size else b""
         carried = self._streams[place]
         source, target = carried.source, carried.target
         self.take(place)
-        if kind == SLOW:
+        if kind == WHOLE:
+            source.carried_whole()
+        elif kind == SLOW and whole:
+            target.write_rest(data)
+            source.carried_whole()
+        elif kind == SLOW:
             source.take_back(b"")
             if not target.write_rest(data):
                 source.pause()

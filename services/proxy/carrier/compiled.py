@@ -29,6 +29,7 @@ class Report(ctypes.Structure):
 
     _fields_ = (
         ("kind", ctypes.c_uint64),
+        ("whole", ctypes.c_uint64),
         ("bytes", ctypes.c_uint64),
         ("data", ctypes.c_void_p),
         ("events", ctypes.c_uint64),
@@ -38,6 +39,8 @@ class Report(ctypes.Structure):
     )
     kind: int
     """Why it was given back."""
+    whole: int
+    """Of a slow client's stream: whether its last chunk was read, too."""
     bytes: int
     """How much of what was read was not carried, which stands at `data`."""
     data: int | None

@@ -144,6 +144,13 @@ class _Source:
         """Note it."""
         self._stream.paused += 1
 
+    def carried_whole(self) -> None:
+        """Note that there is no more to come."""
+        stream = self._stream
+        stream.lent = False
+        stream.backs.append(b"whole")
+        stream.chunks.ended = True
+
 
 def event(source: random.Random, number: int) -> bytes:
     """Make an event: usual ones mostly, and each kind of unusual one."""
@@ -243,6 +250,7 @@ async def test_carried_streams_are_relayed_as_python_relays_them(
         assert unframed(stream.out) == unframed(alone.out), seed
         if stream.tape is None or alone.tape is None:
             assert stream.events == alone.events, seed
+            assert stream.chunks.ended == alone.chunks.ended, seed
         else:
             for name in ("ids", "chars", "finished", "error", "refusal", "usage_told"):
                 assert getattr(stream.tape, name) == getattr(alone.tape, name), (seed, name)
@@ -267,7 +275,9 @@ async def enter(carrier: Carrier, stream: Stream) -> None:
     assert stream.source.carried is not None
 
 
-@pytest.mark.parametrize("data", [b"3\r\nx\n:\r\n", plain("x")[:-2] + b"xx", b"0\r\n\r\n", b"x"])
+@pytest.mark.parametrize(
+    "data", [b"3\r\nx\n:\r\n", plain("x")[:-2] + b"xx", b"0\r\nx: y\r\n\r\n", b"x"]
+)
 async def test_what_is_no_whole_event_is_given_back(carrier: Carrier, data: bytes) -> None:
     """Else a stream that breaks off could not be ended by an event of its own."""
     stream = Stream(None)
@@ -316,77 +326,6 @@ async def test_the_end_of_either_side_gives_the_stream_back(carrier: Carrier) ->
     assert (lost.backs, lost.up.recv(1)) == ([b""], b"")
     assert left.backs == [b"", b"slow"]
     for stream in (lost, left):
-        stream.close()
-
-
-async def test_what_came_before_the_carrier_looks_is_carried(carrier: Carrier) -> None:
-    """Tokens that wait when a stream is lent, and their end: an edge tells of them once."""
-    stream = Stream(None)
-    stream.replica.sendall(plain("x"))
-    stream.replica.close()
-    await enter(carrier, stream)
-    await wait_until(lambda: not carrier.streams, what="its end is seen")
-    stream.take_output()
-    assert (stream.out, stream.events, stream.backs) == (plain("x"), 1, [b""])
-    stream.close()
-
-
-async def test_a_read_that_fills_the_buffer_is_given_back(carrier: Carrier) -> None:
-    """An edge tells once of what is behind it; whoever reads on does not depend on edges."""
-    stream = Stream(None)
-    stream.relay = len  # type: ignore[assignment, method-assign] - what is given back counts
-    stream.replica.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-    text = "x" * ((1 << 16) - len(plain("")) - len("ff"))  # its size has two digits more
-    stream.replica.sendall(plain(text) + plain("y"))
-    await enter(carrier, stream)
-    await wait_until(lambda: not stream.lent, what="it is given back")
-    assert (stream.backs, stream.events) == ([plain(text)], 0)
-    assert stream.up.recv(1 << 20) == plain("y")
-    stream.close()
-
-
-async def test_tokens_are_acknowledged_lazily(carrier: Carrier) -> None:
-    """The kernel takes the replica's connection for an interactive one."""
-    stream = Stream(None)
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        replica = socket.create_connection(listening.getsockname())
-        up, _ = listening.accept()
-    up.setblocking(False)
-    assert up.getsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK)
-    stream.lent_fd = up.fileno()
-    await enter(carrier, stream)
-    assert not up.getsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK)
-    replica.sendall(plain("x"))
-    await wait_until(lambda: _waiting(stream.client) > 0, what="it is carried")
-    carrier.close()
-    for each in (replica, up, stream):
-        each.close()
-
-
-def _waiting(receiver: socket.socket) -> int:
-    """Count the bytes that wait to be read."""
-    with contextlib.suppress(BlockingIOError):
-        return len(receiver.recv(1 << 16, socket.MSG_PEEK))
-    return 0
-
-
-async def test_a_fault_in_handling_one_stream_is_no_other_ones(carrier: Carrier) -> None:
-    """What else came with it is carried: its edge is not told again."""
-    faulty, other = Stream(None), Stream(None)
-    faults: list[object] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: faults.append(context))
-
-    def fail(data: bytes) -> None:
-        raise ZeroDivisionError(data)
-
-    faulty.relay = fail  # type: ignore[method-assign] - stands for any fault of ours
-    for stream, data in ((faulty, b"x"), (other, plain("x"))):
-        await enter(carrier, stream)
-        stream.replica.sendall(data)
-    await wait_until(lambda: _waiting(other.client) > 0, what="it is carried")
-    assert (len(faults), carrier.streams) == (1, 1)
-    carrier.close()
-    for stream in (faulty, other):
         stream.close()
 
 
