@@ -33,6 +33,8 @@ class Line(Protocol):
     """The connection that carries a cycle."""
 
     transport: asyncio.Transport
+    fd: int
+    """Of the client's socket, if others may write to it; else -1."""
 
     def answered(self) -> None:
         """Go on with what the client asks next."""
@@ -241,19 +243,17 @@ class DirectCycle:
 
         Until the answer goes on by `write`, whoever has the descriptor writes whole chunks to it.
         """
-        transport = self._line.transport
+        line = self._line
         if (
             self.response_complete
             or self.stalled
             or not self._chunked
             or self._answer_head
-            or transport.is_closing()
-            or transport.get_write_buffer_size()
-            or transport.get_extra_info("sslcontext") is not None
+            or line.transport.is_closing()
+            or line.transport.get_write_buffer_size()
         ):
             return -1
-        opened = transport.get_extra_info("socket")
-        return -1 if opened is None else int(opened.fileno())
+        return line.fd
 
     def _send(self, data: bytes, *, more: bool) -> None:
         if self.response_complete:

@@ -131,14 +131,27 @@ class Carrier:
         return len(self._streams)
 
     def offer(self, source: Source, target: Target, listener: object) -> None:
-        """Carry a stream from the loop's next turn on, when what was written has been sent.
+        """Carry a stream from now on, if all that was written has been sent.
 
-        `listener` is whom the source serves: if that is another one then, nothing is done.
+        `listener` is whom the source is thought to serve: if it is another one, nothing is done.
         """
-        if target.offers >= MAX_OFFERS or target.shape is None:
+        if target.offers >= MAX_OFFERS or (shape := target.shape) is None:
             return
         target.offers += 1
-        self._loop.call_soon(self._enter, source, target, listener)
+        if self._self is None or source.carried is not None or (down := target.lend()) < 0:
+            return
+        up = source.lend(listener)
+        if up < 0:
+            return
+        before, after = shape
+        place = self._library.carrier_add(
+            self._self, up, down, before, len(before), after, len(after)
+        )
+        if place < 0:
+            source.take_back(b"")
+            return
+        self.taken += 1
+        source.carried = self._streams[place] = Carried(self, place, source, target)
 
     def heard_s(self, place: int) -> float:
         """Tell when something of a stream was read last."""
@@ -168,25 +181,6 @@ class Carrier:
         self._loop.remove_reader(self._library.carrier_fd(self._self))
         self._library.carrier_free(self._self)
         self._self = None
-
-    def _enter(self, source: Source, target: Target, listener: object) -> None:
-        if self._self is None or source.carried is not None or (shape := target.shape) is None:
-            return
-        down = target.lend()
-        if down < 0:
-            return
-        up = source.lend(listener)
-        if up < 0:
-            return
-        before, after = shape
-        place = self._library.carrier_add(
-            self._self, up, down, before, len(before), after, len(after)
-        )
-        if place < 0:
-            source.take_back(b"")
-            return
-        self.taken += 1
-        source.carried = self._streams[place] = Carried(self, place, source, target)
 
     def _ready(self) -> None:
         """Carry what has come, and handle what is given back."""
@@ -220,6 +214,17 @@ class Carrier:
                 source.pause()
         else:
             source.take_back(data)
+
+
+def descriptor(transport: asyncio.BaseTransport) -> int:
+    """Give the descriptor of a transport's socket; -1 where it writes other bytes than it is given.
+
+    It is the transport's until `connection_lost` has been called.
+    """
+    opened = transport.get_extra_info("socket")
+    if opened is None or transport.get_extra_info("sslcontext") is not None:
+        return -1
+    return int(opened.fileno())
 
 
 def make_carrier(loop: asyncio.AbstractEventLoop) -> Carrier | None:
