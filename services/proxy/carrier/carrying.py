@@ -123,7 +123,8 @@ class Carrier:
         """Streams that were given to the library so far."""
         self.tokens = 0
         """Events that were carried, of streams that were taken back."""
-        loop.add_reader(library.carrier_fd(self._self), self._ready)
+        # What came with tokens goes first: a request's steps are few, and waited for.
+        loop.add_reader(library.carrier_fd(self._self), loop.call_soon, self._carry)
 
     @property
     def streams(self) -> int:
@@ -182,18 +183,17 @@ class Carrier:
         self._library.carrier_free(self._self)
         self._self = None
 
-    def _ready(self) -> None:
+    def _carry(self) -> None:
         """Carry what has come, and handle what is given back."""
         run, me = self._run, self._self
-        while (place := run(me)) >= 0:
+        while me is not None and (place := run(me)) >= 0:
             try:
                 self._given_back(place)
             except Exception as error:  # noqa: BLE001 - others have come, whose edges are told once
                 self._loop.call_exception_handler(
                     {"message": "a stream that was carried was not handled", "exception": error}
                 )
-            if self._self is None:
-                return  # what was handled has ended us
+            me = self._self  # what was handled may have ended us
 
     def _given_back(self, place: int) -> None:
         """Take a stream back, and handle what was read of it last."""
