@@ -175,14 +175,11 @@ class DirectCycle:
         if self.response_complete:
             return
         body, self._body = bytes(self._body), b""
-        self._begin(body)
+        self.body_is(body)
 
     def body_is(self, body: bytes) -> None:
         """Begin to answer a request of which the whole body has come."""
         self.more_body = False
-        self._begin(body)
-
-    def _begin(self, body: bytes) -> None:
         carrying = self._enter(self, body)
         if not self.response_complete:
             self._carrying = carrying
@@ -331,7 +328,10 @@ class Lane:
         """Begin the cycle of a request whose head is that of the one `before` it."""
         if len(body) > self._max_body_bytes:
             return None
-        lines = self._lines(default_headers)
+        if default_headers is self._default_headers:
+            lines = self._default_lines
+        else:
+            lines = self._lines(default_headers)
         return DirectCycle(
             line, before.route, before.head, self._enter, lines, now_s, keep_alive=True
         )

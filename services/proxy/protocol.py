@@ -256,7 +256,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def _again(self, body: bytes) -> bool:
         """Begin the request that came with a familiar head; False if it has to be parsed."""
         lane, ending = self.lane, self.ending
-        before = cast("RequestResponseCycle | DirectCycle", self.cycle)
+        before: object = self.cycle
         if (
             lane is None
             or ending.refusing
@@ -270,7 +270,8 @@ class LimitedProtocol(HttpToolsProtocol):
         if cycle is None:
             return False
         cycle.stalled = self.stalled_since_s is not None
-        self.cycle = cast("Any", cycle)
+        taken: Any = cycle
+        self.cycle = taken
         self._unanswered.clear()
         self._unanswered.append(cycle)
         cycle.body_is(body)

@@ -308,8 +308,6 @@ class Reservations:
 
     def _answered(self, batch: list[_Entry], reply: BatchReply, sent_s: float) -> None:
         now_s = self._loop.time()
-        self._metrics.batch_ops.observe(len(batch))
-        self._metrics.batch_s.observe(now_s - sent_s)
         if now_s - sent_s <= RESERVE_DEADLINE_S:
             self.breaker.answered()
         for entry, result in zip(batch, reply.results, strict=True):
@@ -317,6 +315,8 @@ class Reservations:
                 self._give(entry, str(result), now_s)
             elif isinstance(entry.op, Reserve):
                 self._overtaken(entry.request, str(result))
+        self._metrics.batch_ops.observe(len(batch))
+        self._metrics.batch_s.observe(now_s - sent_s)
         self._saw_version(reply.ver)
 
     def _overtaken(self, request: str, result: str) -> None:
