@@ -4,8 +4,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-# Targets run one after another, but for the lanes of `check`.
-ifndef LANES
+# Targets run one after another; only `check` installs the engine beside linting.
+ifndef BESIDE
 .NOTPARALLEL:
 endif
 MAKEFLAGS += --no-print-directory
@@ -33,10 +33,6 @@ JOBS ?= $(shell nproc)
 SHARED := $(BIN)/pytest --dist loadfile --numprocesses
 # One more than cores where tests mostly wait: for engines that load, for faults that last.
 WAITING := $(shell echo $$(( $(JOBS) > 1 ? $(JOBS) + 1 : 1 )))
-# What computes yields to what keeps time, when both run.
-YIELDING := nice -n 19
-IN_LANES := --jobs=$(if $(filter 1,$(JOBS)),1,2) --output-sync=line LANES=1
-IN_TURN := LANES=
 
 # An active environment of the calling shell is not the one meant.
 unexport VIRTUAL_ENV
@@ -52,7 +48,7 @@ endif
 help: ## Print this list
 	@awk 'BEGIN { FS = ":.*## " } \
 	  /^##@ / { printf "\n%s\n", substr($$0, 5) } \
-	  /^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	  /^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 ##@ Run
 
@@ -89,9 +85,9 @@ system: setup ## Install the system packages that the tests need (as root), or n
 test: check ## Install everything and run all that CI runs
 
 .PHONY: check
-check: setup system ## Lint, then run all tests, in two lanes: computing, and what keeps time
-	@$(MAKE) $(IN_LANES) lint engine
-	@$(MAKE) $(IN_LANES) test-computing test-timed
+check: setup system ## Lint, then run all tests
+	@$(MAKE) --jobs=2 --output-sync=line BESIDE=1 lint engine
+	@$(MAKE) test-fast test-slow
 
 .PHONY: lint
 lint: setup system ## Run ruff, pyright, import-linter and luacheck
@@ -103,22 +99,17 @@ lint: setup system ## Run ruff, pyright, import-linter and luacheck
 	$(BIN)/python -m shared.registry.scripts --out .state/lua
 	luacheck --quiet --config .luacheckrc .state/lua
 
-.PHONY: test-computing
-test-computing: setup system ## Run the tests that want nothing but cores, at the lowest priority
-	@$(MAKE) $(IN_TURN) test-fast test-long
-
-.PHONY: test-timed
-test-timed: setup system engine ## Run the tests on whole meshes and on real vLLM
-	@$(MAKE) $(IN_TURN) test-mesh test-alone test-engine
-
 .PHONY: test-fast
 test-fast: setup system ## Run the tests that need neither vLLM nor a mesh, with coverage
 	rm -f .coverage .coverage.*
-	$(YIELDING) $(SHARED) $(WAITING) -m "not (engine or mesh or timed or alone or long)" --cov --cov-report=term --durations=10 $(PYTEST)
+	$(SHARED) $(WAITING) -m "not (engine or mesh or timed or alone or long)" --cov --cov-report=term --durations=10 $(PYTEST)
+
+.PHONY: test-slow
+test-slow: test-long test-mesh test-alone test-engine ## Run all other tests
 
 .PHONY: test-long
 test-long: setup system ## Run long computations
-	$(YIELDING) $(BIN)/pytest --dist worksteal --numprocesses $(JOBS) -m "long and not (engine or mesh or timed or alone)" $(PYTEST)
+	$(BIN)/pytest --dist worksteal --numprocesses $(JOBS) -m "long and not (engine or mesh or timed or alone)" $(PYTEST)
 
 .PHONY: test-mesh
 test-mesh: setup system ## Run whole meshes and what keeps bounds of seconds, several at a time

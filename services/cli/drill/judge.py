@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import Final
 
+import msgspec
+
 from services.cli.drill.records import (
     Budget,
     Check,
@@ -219,7 +221,7 @@ def _mesh_checks(how: Recovery, budget: Budget, seen: Seen) -> list[Check]:
     checks = [
         _time("recover", how.value, budget.recover_s, seen.recovered_s, base_s),
         _time("whole", "the mesh is whole", budget.whole_s, seen.whole_s, seen.heal_s),
-        _time("exact", "an audit is clean", budget.drift_s, seen.exact_s, drift_base_s(seen)),
+        _exact(budget, seen),
         _count("drift", budget.drift, seen.drift, "findings in the last audit"),
         _count("left", 0, seen.left, "reservations left after the load"),
     ]
@@ -250,6 +252,14 @@ def trespass(struck: Struck, samples: Sequence[Sample]) -> str:
 def drift_base_s(seen: Seen) -> float:
     """Tell from when the ledger must become exact: once the fault is over and Redis answers."""
     return max(seen.heal_s, seen.answers_s or 0.0)
+
+
+def _exact(budget: Budget, seen: Seen) -> Check:
+    """Judge when an audit was clean; where none was, say what was wrong."""
+    check = _time("exact", "an audit is clean", budget.drift_s, seen.exact_s, drift_base_s(seen))
+    if seen.exact_s is not None or not seen.unclean:
+        return check
+    return msgspec.structs.replace(check, seen=f"{check.seen}: {seen.unclean}")
 
 
 def _count(name: str, bound: int, seen: int, what: str, *, at_least: bool = False) -> Check:

@@ -201,6 +201,8 @@ class Seen(msgspec.Struct, frozen=True, kw_only=True):
     """When the mesh was whole again."""
     exact_s: float | None
     """When an audit was clean again."""
+    unclean: str = ""
+    """What the last audit before that found first, in words."""
     drift: int
     """Findings of the last audit, after the load."""
     left: int

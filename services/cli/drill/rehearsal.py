@@ -80,6 +80,7 @@ class Rehearsal:
         self._fault_s = 0.0
         self._heal_s: float | None = None
         self._exact_s: float | None = None
+        self._unclean = ""
         self._began_ms = 0
         self._until_s = float("inf")
         """When all was well again: what Redis does while it is put back is no part of the fault."""
@@ -176,6 +177,8 @@ class Rehearsal:
                 if not report.findings:
                     self._exact_s = self._clock()
                     return
+                first = report.findings[0]
+                self._unclean = f"{first.kind} {first.subject} ({first.delta:+d})"
             await asyncio.sleep(0.2)
 
     async def _emptied(self) -> int:
@@ -280,6 +283,7 @@ class Rehearsal:
             recovered_s=self._recovered_s(),
             whole_s=self._whole_s(),
             exact_s=self._exact_s,
+            unclean=self._unclean,
             drift=drift,
             left=left,
             sign=self._sign(),

@@ -91,6 +91,15 @@ def test_each_part_of_the_budget_counts(seen: dict[str, Any], names: set[str]) -
     assert missed(**seen) == names
 
 
+def test_an_audit_that_is_never_clean_says_what_is_wrong() -> None:
+    """Who reads the report of a missed drill learns what disagreed."""
+    never = msgspec.structs.replace(WELL, exact_s=None, unclean="total m (+1)")
+    (check,) = (
+        each for each in judge(Recovery.OUT, Sign.OUT, BUDGET, never).checks if not each.passed
+    )
+    assert (check.name, check.seen) == ("exact", "not while it was watched: total m (+1)")
+
+
 def test_a_struck_proxy_may_lose_its_own_streams_only() -> None:
     """Where the budget spares them, streams of the struck proxy do not count; others do."""
     spared = msgspec.structs.replace(BUDGET, spare_own=True, resent=None)
