@@ -33,8 +33,6 @@ class Line(Protocol):
     """The connection that carries a cycle."""
 
     transport: asyncio.Transport
-    fd: int
-    """Of the client's socket, if others may write to it; else -1."""
 
     def answered(self) -> None:
         """Go on with what the client asks next."""
@@ -54,15 +52,7 @@ class Carrying(Protocol):
 class Head:
     """What matters of a request's head."""
 
-    __slots__ = (
-        "content_type",
-        "expects",
-        "is_json",
-        "length",
-        "request_id",
-        "resumable",
-        "unframed",
-    )
+    __slots__ = ("content_type", "expects", "length", "request_id", "resumable", "unframed")
 
     def __init__(self, headers: Headers) -> None:
         self.content_type = b""
@@ -88,11 +78,6 @@ class Head:
                 self.expects = True
             elif name == b"transfer-encoding":
                 self.unframed = True
-        self.is_json = self.content_type.startswith(b"application/json") or self._is_json()
-
-    def _is_json(self) -> bool:
-        media_type = self.media_type
-        return media_type.startswith("application/") and media_type.endswith("json")
 
     @property
     def media_type(self) -> str:
@@ -175,11 +160,14 @@ class DirectCycle:
         if self.response_complete:
             return
         body, self._body = bytes(self._body), b""
-        self.body_is(body)
+        self._begin(body)
 
     def body_is(self, body: bytes) -> None:
         """Begin to answer a request of which the whole body has come."""
         self.more_body = False
+        self._begin(body)
+
+    def _begin(self, body: bytes) -> None:
         carrying = self._enter(self, body)
         if not self.response_complete:
             self._carrying = carrying
@@ -209,7 +197,7 @@ class DirectCycle:
         lines = [_STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status, self._default_lines]
         chunked = status != BODILESS
         for name, value in headers:
-            lines += (name, b": ", value, b"\r\n")
+            lines.append(b"%b: %b\r\n" % (name, value))
             if name == b"content-length":
                 chunked = False
             elif name == b"connection" and value == b"close":
@@ -240,17 +228,19 @@ class DirectCycle:
 
         Until the answer goes on by `write`, whoever has the descriptor writes whole chunks to it.
         """
-        line = self._line
+        transport = self._line.transport
         if (
             self.response_complete
             or self.stalled
             or not self._chunked
             or self._answer_head
-            or line.transport.is_closing()
-            or line.transport.get_write_buffer_size()
+            or transport.is_closing()
+            or transport.get_write_buffer_size()
+            or transport.get_extra_info("sslcontext") is not None
         ):
             return -1
-        return line.fd
+        opened = transport.get_extra_info("socket")
+        return -1 if opened is None else int(opened.fileno())
 
     def _send(self, data: bytes, *, more: bool) -> None:
         if self.response_complete:
@@ -328,10 +318,7 @@ class Lane:
         """Begin the cycle of a request whose head is that of the one `before` it."""
         if len(body) > self._max_body_bytes:
             return None
-        if default_headers is self._default_headers:
-            lines = self._default_lines
-        else:
-            lines = self._lines(default_headers)
+        lines = self._lines(default_headers)
         return DirectCycle(
             line, before.route, before.head, self._enter, lines, now_s, keep_alive=True
         )
