@@ -38,11 +38,13 @@ class Killer:
         self._trees: list[psutil.Process] = []
 
     async def strike(self) -> None:
-        """Kill one of the engines that are READY, if another is left."""
+        """Kill one of the engines that are READY and at work, if another is left."""
         ready = await ready_replicas(self._registry, "demo")
-        if len(ready) < 2:
+        totals = await self._registry.ledger.totals("demo")
+        busy = [each for rid, each in ready.items() if rid in totals and totals[rid].requests > 0]
+        if len(ready) < 2 or not busy:
             return
-        victim = next(iter(ready.values()))
+        victim = busy[0]
         tree = psutil.Process(victim.pid).children(recursive=True)
         by_core = self.kills % 2 == 1
         struck = _core(tree) if by_core else psutil.Process(victim.pid)
