@@ -37,12 +37,14 @@ pytestmark = pytest.mark.mesh
 LEASE_TTL_S: Final = 5.0
 STREAM_S: Final = TOKENS * STEP_MS / 1000
 WAITED_S: Final = 7.0
-"""What an unreachable replica costs a request that has no answer yet."""
+"""What an unreachable replica costs a request that has not arrived there."""
 SLOWED: Final = 400
 """Requests before and after a replica becomes slow: of fewer, a 99th percentile says little."""
-NOTICED_S: Final = {"both ways": 7.0, "there": 13.5, "back": 7.0}
-"""When a stream in progress notices. Where the replica is still heard, each retransmission of what
-it believes lost is a sign of life; the pause after the fifth is the first that is long enough."""
+NOTICED_S: Final = {"both ways": 7.0, "there": 18.0, "back": 7.0}
+"""When a request notices whose answer is on its way. Where the replica is still heard, each
+retransmission of what it believes lost is a sign of life, and the pauses between them double: all
+that are shorter than six seconds are less than twelve together, and the next one is long enough.
+On an idle machine, where the first pause is a fifth of a second, that is after 12.8 s."""
 
 
 @pytest.fixture(scope="module")
@@ -163,15 +165,16 @@ async def test_a_replica_that_one_proxy_cannot_reach_loses_nothing(
             await trial.goes_on()
         await trial.healed()
         await trial.same_engines()
-    if direction == "both ways":
-        await used_again(fleet, trial, victims)
+    await used_again(fleet, trial, victims)
     report = trial.report()
     assert (report.ok, report.retried) == (report.count, 0), report
     ours, others = (
-        max(r.ttft_s for r in trial.load.results if r.port == port) for port in PROXIES.values()
+        sorted(r.ttft_s for r in trial.load.results if r.port == port) for port in PROXIES.values()
     )
-    assert ours < WAITED_S + 1.5
-    assert others < 4
+    # The last one may have had a head and no token yet when the link was cut.
+    assert ours[-1] < max(WAITED_S, NOTICED_S[direction]) + 1.5, fleet.logs()
+    assert ours[-2] < WAITED_S + 1.5, fleet.logs()
+    assert others[-1] < 4
 
 
 @pytest.mark.alone  # percentiles of what others than the slow one do
