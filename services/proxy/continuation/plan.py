@@ -130,7 +130,12 @@ def finish(
 
 
 def tail(body: bytes, tape: Tape) -> bytes:
-    """Make the last events of a stream that was lost when its answer was whole already."""
+    """Make the last events of a stream that was lost when its answer was whole already.
+
+    There are none where the last one was delivered, and only the end of the chunks was not.
+    """
+    if tape.done:
+        return b""
     options = _fields(body).get("stream_options")
     wanted = isinstance(options, dict) and cast("dict[str, object]", options).get("include_usage")
     if not wanted or tape.usage_told:

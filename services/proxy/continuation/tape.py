@@ -110,6 +110,7 @@ class Tape:
         "_seam",
         "_steady",
         "_told",
+        "done",
         "error",
         "failovers",
         "finished",
@@ -142,6 +143,8 @@ class Tape:
         self.finished = False
         """A finish reason was delivered: the answer is whole."""
         self.usage_told = False
+        self.done = False
+        """The event that ends a stream was delivered, too."""
         self.failovers = 0
         """How often the stream has lost its replica and gone on elsewhere."""
         self.error = ""
@@ -310,10 +313,7 @@ class Tape:
     def _note(self, event: bytes) -> bool:
         """Note one event; False if it must not be delivered (see `error`), or need not."""
         if not event.startswith(_DATA):
-            if event == DONE and not self.finished:
-                self.error = "the replica ended the stream without a finish reason"
-                return False
-            return True
+            return event != DONE or self._ends()
         try:
             chunk = decode_chunk(event[6:])
             if self._options.offsets:
@@ -330,6 +330,13 @@ class Tape:
         if not self._first:
             self._begin(event[6:], chunk)
         return self._note_choice(event, chunk.choices[0])
+
+    def _ends(self) -> bool:
+        """Note that the stream says that it has ended; False (see `error`) if it cannot have."""
+        self.done = self.finished
+        if not self.done:
+            self.error = "the replica ended the stream without a finish reason"
+        return self.done
 
     def _note_choice(self, event: bytes, choice: Choice) -> bool:
         if choice.finish_reason is not None:
@@ -412,8 +419,7 @@ class Tape:
         out: list[bytes] = []
         for event in events:
             if not event.startswith(_DATA):
-                if event == DONE and not self.finished:
-                    self.error = "the replica ended the stream without a finish reason"
+                if event == DONE and not self._ends():
                     break
                 out.append(event)
                 continue

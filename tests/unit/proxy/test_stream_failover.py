@@ -290,9 +290,14 @@ async def test_an_engine_that_says_it_is_dead_is_left() -> None:
         assert failovers(rig, "exact") == 1
 
 
+@pytest.mark.parametrize("done", [False, True])
 @pytest.mark.parametrize("usage", [False, True])
-async def test_a_stream_that_lost_only_its_end_is_ended(usage: bool) -> None:  # noqa: FBT001 - a parameter of the test
-    """When the finish reason was delivered, the usage and [DONE] are told without a replica."""
+async def test_a_stream_that_lost_only_its_end_is_ended(usage: bool, done: bool) -> None:  # noqa: FBT001 - parameters of the test
+    """When the finish reason was delivered, the usage and [DONE] are told without a replica.
+
+    They are told once, also where the replica died after them and before its last chunk.
+    """
+    told = {"prompt_tokens": 3, "total_tokens": 4, "completion_tokens": 1} if usage else None
 
     async def nearly(exchanged: Exchanged) -> None:
         await exchanged.begin_stream()
@@ -301,13 +306,20 @@ async def test_a_stream_that_lost_only_its_end_is_ended(usage: bool) -> None:  #
         await exchanged.event({**known, "choices": [role], "prompt_token_ids": [1, 2, 3]})
         last = {"index": 0, "delta": {"content": "x"}, "finish_reason": "stop", "token_ids": [9]}
         await exchanged.event({**known, "choices": [last]})
+        if done:
+            if usage:
+                await exchanged.event({**known, "choices": [], "usage": told})
+            await exchanged.event("[DONE]")
+            await asyncio.sleep(0.02)  # the proxy reads it before it learns of the reset
         exchanged.reset()
 
     options = {"stream_options": {"include_usage": True}} if usage else {}
     async with Engine(nearly) as first, Engine(nearly) as second, Rig(first, second) as rig:
-        got = read((await rig.http.post(CHAT, json=request(CHAT, **options))).content)
+        answer = await rig.http.post(CHAT, json=request(CHAT, **options))
+        got = read(answer.content)
         assert (got.text, got.finish, got.errors, got.done) == ("x", [("stop", None)], [], True)
-        told = {"prompt_tokens": 3, "total_tokens": 4, "completion_tokens": 1} if usage else None
+        assert answer.text.count("[DONE]") == 1
+        assert answer.text.count("usage") == usage
         assert got.usage == told
         assert len(first.seen) + len(second.seen) == 1
         await wait_until(rig.idle)
