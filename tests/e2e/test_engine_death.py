@@ -19,7 +19,8 @@ from tests.support.waiting import wait_until
 pytestmark = [pytest.mark.engine, pytest.mark.mesh, pytest.mark.timeout(600)]
 
 CHAT: Final = "/v1/chat/completions"
-TOKENS: Final = 120
+TOKENS: Final = 200
+"""More than any answer has."""
 STREAMS: Final = 50
 STORM_S: Final = 60.0
 LONGEST_STORM_S: Final = 300.0
@@ -81,8 +82,12 @@ async def test_fifty_streams_outlive_their_engines(mesh: Mesh, faq: dict[str, st
     """Engines are killed for a minute; every stream ends as if nothing had happened.
 
     Each is out of routing at once, leaves nothing behind, and is replaced.
+
+    What is asked for are the longest answers that the model knows by heart. Where it does not know
+    what to say, two tokens can be as likely, and the engine's sums, which depend on how many other
+    streams are computed together, decide: seen once, beyond an answer's end.
     """
-    questions = list(faq)[:STREAMS]
+    questions = sorted(faq, key=lambda question: -len(faq[question]))[:STREAMS]
     async with (
         mesh.registry() as registry,
         httpx.AsyncClient(timeout=180, limits=httpx.Limits(max_connections=2 * STREAMS)) as client,
@@ -96,13 +101,12 @@ async def test_fifty_streams_outlive_their_engines(mesh: Mesh, faq: dict[str, st
                 "stream_options": {"include_usage": True},
                 "max_tokens": TOKENS,
                 "temperature": 0,
-                "ignore_eos": True,
             }
             url = mesh.urls[number % len(mesh.urls)]
             return read((await client.post(f"{url}{CHAT}", json=asked)).content)
 
         wanted = await asyncio.gather(*(ask(number) for number in range(STREAMS)))
-        assert all(answer.finish for answer in wanted)
+        assert [answer.text for answer in wanted] == [faq[question] for question in questions]
         killer = Killer(registry)
         began_s = time.monotonic()
         done = 0

@@ -29,7 +29,9 @@ async def wait_until(
         if inspect.isawaitable(value):
             left_s = deadline - time.monotonic()
             try:
-                value = await asyncio.wait_for(value, max(left_s, interval_s))
+                # Not `wait_for`, which in Python 3.11 may swallow a cancellation.
+                async with asyncio.timeout(max(left_s, interval_s)):
+                    value = await value
             except TimeoutError:
                 raise AssertionError(f"not within {timeout_s:g} s: {name}") from None
         if value:
