@@ -29,6 +29,10 @@ TOKENS: Final = 40
 CUTS: Final = (1, 2, 5, 14, 22, 30)
 """After which events the door slams: the first is a chat's role, or a completion's prompt."""
 
+NOISE: Final = 1e-3
+"""Of log probabilities: 6e-6 was seen between two runs of one engine, undisturbed, of which the
+second had its prompt in the cache, on a processor without bfloat16; none on others."""
+
 USAGE: Final = {"stream_options": {"include_usage": True}}
 KINDS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "chat": (CHAT, {}),
@@ -130,11 +134,11 @@ async def check(
     wanted = read((await rig.http.post(f"{rig.engines[1].url}{path}", json=asked)).content)
     assert wanted.done, wanted
     assert wanted.finish, wanted
-    same(read((await rig.http.post(path, json=asked)).content), wanted)
+    same(read((await rig.http.post(path, json=asked)).content), wanted, noise=NOISE)
     before = orders["cuts"]
     for cut in CUTS:
         orders["cut_after"] = cut
-        same(read((await rig.http.post(path, json=asked)).content), wanted)
+        same(read((await rig.http.post(path, json=asked)).content), wanted, noise=NOISE)
     return wanted, orders["cuts"] - before
 
 
