@@ -9,6 +9,7 @@ import logging
 import secrets
 from collections.abc import AsyncGenerator, Generator
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import blockbuster
 import hypothesis
@@ -27,6 +28,28 @@ hypothesis.settings.register_profile(
     "redmesh", hypothesis.settings.get_profile("default"), print_blob=True
 )
 hypothesis.settings.load_profile("redmesh")
+
+
+@runtime_checkable
+class Logged(Protocol):
+    """Processes that write logs: a mesh, or a fleet of hosts."""
+
+    def logs(self, lines: int = 15) -> str:
+        """Collect the ends of all logs."""
+        ...
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show with a test that failed what the processes said that it was given."""
+    report = yield
+    if report.failed:
+        for name, given in getattr(item, "funcargs", {}).items():
+            if isinstance(given, Logged):
+                report.sections.append((f"the logs of {name}", given.logs(60)))
+    return report
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ async def rehearse(mesh: Mesh, name: str, out: Path, *options: str) -> dict[str,
     command = ("drill", "run", name, "--load", LOAD, "--out", out, *options)
     done = await mesh.ask(*command, timeout_s=170)
     print(f"\n{done.out}")  # noqa: T201 - figures for the reader
-    assert done.code == 0, f"{done}\n{mesh.logs()}"
+    assert done.code == 0, done
     return json.loads((out / "report.json").read_bytes())
 
 

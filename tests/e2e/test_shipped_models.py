@@ -44,9 +44,6 @@ def served(
     try:
         asyncio.run(_serve(mesh, names))
         yield
-    except AssertionError:
-        print(mesh.logs())  # noqa: T201 - why a model did not start stands in the engine's log
-        raise
     finally:
         for name in names:
             done = mesh.redmesh("delete", name)

@@ -172,8 +172,8 @@ async def test_a_replica_that_one_proxy_cannot_reach_loses_nothing(
         sorted(r.ttft_s for r in trial.load.results if r.port == port) for port in PROXIES.values()
     )
     # The last one may have had a head and no token yet when the link was cut.
-    assert ours[-1] < max(WAITED_S, NOTICED_S[direction]) + 1.5, fleet.logs()
-    assert ours[-2] < WAITED_S + 1.5, fleet.logs()
+    assert ours[-1] < max(WAITED_S, NOTICED_S[direction]) + 1.5
+    assert ours[-2] < WAITED_S + 1.5
     assert others[-1] < 4
 
 

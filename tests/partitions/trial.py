@@ -83,19 +83,13 @@ async def under_load(
             tuple(PROXIES.values()), MODEL, max_tokens=tokens, hosts=fleet.addresses, timeout_s=30
         )
         trial = Trial(fleet, registry, load)
-        try:
-            await wait_until(
-                lambda: whole(registry, REPLICAS), timeout_s=40, what="the mesh is whole"
-            )
-            async with load.users(users, over_s=1.0):
-                await trial.goes_on()
-                trial.before = await ready_replicas(registry, MODEL)
-                yield trial
-                await trial.goes_on()
-            await wait_until(lambda: _empty(registry), what="no reservation is left")
-        except BaseException:
-            print(fleet.logs())  # noqa: T201 - what the processes said, for whom the failure meets
-            raise
+        await wait_until(lambda: whole(registry, REPLICAS), timeout_s=40, what="the mesh is whole")
+        async with load.users(users, over_s=1.0):
+            await trial.goes_on()
+            trial.before = await ready_replicas(registry, MODEL)
+            yield trial
+            await trial.goes_on()
+        await wait_until(lambda: _empty(registry), what="no reservation is left")
 
 
 async def _empty(registry: Registry) -> bool:
