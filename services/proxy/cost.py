@@ -30,17 +30,20 @@ def prompt_tokens(raw: bytes) -> int:
 class OutputEstimate:
     """Running estimate of how many tokens an answer of one model has."""
 
-    __slots__ = ("_mean_tokens",)
+    __slots__ = ("_mean_tokens", "_usual_tokens")
 
     def __init__(self) -> None:
         self._mean_tokens = float(DEFAULT_OUTPUT_TOKENS)
+        self._usual_tokens = round(DEFAULT_OUTPUT_TOKENS * _HEADROOM)
 
     def observe(self, tokens: int) -> None:
         """Learn from one complete answer."""
         self._mean_tokens += _SMOOTHING * (tokens - self._mean_tokens)
+        self._usual_tokens = max(1, round(self._mean_tokens * _HEADROOM))
 
     def expect(self, client_limit_tokens: int | None, choices: int = 1) -> int:
         """Return the output to reserve for, given the client's bound (None: it gave none)."""
-        usual = max(1, round(self._mean_tokens * _HEADROOM))
-        each = usual if client_limit_tokens is None else min(usual, max(1, client_limit_tokens))
+        each = self._usual_tokens
+        if client_limit_tokens is not None and client_limit_tokens < each:
+            each = max(1, client_limit_tokens)
         return min(MAX_COST_TOKENS, each * max(1, choices))

@@ -233,10 +233,10 @@ class Exchange:
         path, body = self._failover.request
         self._phase = Phase.SENT
         self._tries.sent += 1
-        self._served.affinity.placed(self._inbound.prefix, endpoint.rid)
         self._connection = connection
         self._heard_s = self._now_s()
         connection.send(self, endpoint.request(path, self._inbound.request_id, body))
+        self._served.affinity.placed(self._inbound.prefix, endpoint.rid)
 
     # the replica's answer (upstream.Sink)
 

@@ -103,13 +103,14 @@ def named_model(given: Peek) -> str:
     )
 
 
-def inbound(path: bytes, body: bytes, request_id: bytes, given: Peek) -> Inbound:
-    """Put together what is sent to a replica."""
-    limit = _whole(given.max_completion_tokens)
-    if limit is None:
-        limit = _whole(given.max_tokens)
-    if limit is None:
-        limit = _whole(given.max_output_tokens)
+def inbound(
+    path: bytes, body: bytes, request_id: bytes, given: Peek, *, taped: bool = True
+) -> Inbound:
+    """Put together what is sent to a replica; without `taped`, nobody will keep a tape of it."""
+    limit = None
+    for bound in (given.max_completion_tokens, given.max_tokens, given.max_output_tokens):
+        if bound is not None and (limit := _whole(bound)) is not None:
+            break
     prompt = bytes(given.messages) or bytes(given.prompt) or bytes(given.input)
     return Inbound(
         path=path,
@@ -118,8 +119,8 @@ def inbound(path: bytes, body: bytes, request_id: bytes, given: Peek) -> Inbound
         prompt_tokens=prompt_tokens(prompt),
         prefix=prefix_of(prompt, bytes(given.tools)),
         client_limit_tokens=limit,
-        choices=_whole(given.n) or 1,
-        tape=_tape(path, given) if given.stream is True else None,
+        choices=1 if given.n is None else _whole(given.n) or 1,
+        tape=_tape(path, given) if taped and given.stream is True else None,
     )
 
 

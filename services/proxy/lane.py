@@ -33,6 +33,8 @@ class Line(Protocol):
     """The connection that carries a cycle."""
 
     transport: asyncio.Transport
+    fd: int
+    """Of the client's socket, if others may write to it; else -1."""
 
     def answered(self) -> None:
         """Go on with what the client asks next."""
@@ -52,7 +54,15 @@ class Carrying(Protocol):
 class Head:
     """What matters of a request's head."""
 
-    __slots__ = ("content_type", "expects", "length", "request_id", "resumable", "unframed")
+    __slots__ = (
+        "content_type",
+        "expects",
+        "is_json",
+        "length",
+        "request_id",
+        "resumable",
+        "unframed",
+    )
 
     def __init__(self, headers: Headers) -> None:
         self.content_type = b""
@@ -78,6 +88,11 @@ class Head:
                 self.expects = True
             elif name == b"transfer-encoding":
                 self.unframed = True
+        self.is_json = self.content_type.startswith(b"application/json") or self._is_json()
+
+    def _is_json(self) -> bool:
+        media_type = self.media_type
+        return media_type.startswith("application/") and media_type.endswith("json")
 
     @property
     def media_type(self) -> str:
@@ -160,14 +175,11 @@ class DirectCycle:
         if self.response_complete:
             return
         body, self._body = bytes(self._body), b""
-        self._begin(body)
+        self.body_is(body)
 
     def body_is(self, body: bytes) -> None:
         """Begin to answer a request of which the whole body has come."""
         self.more_body = False
-        self._begin(body)
-
-    def _begin(self, body: bytes) -> None:
         carrying = self._enter(self, body)
         if not self.response_complete:
             self._carrying = carrying
@@ -197,7 +209,7 @@ class DirectCycle:
         lines = [_STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status, self._default_lines]
         chunked = status != BODILESS
         for name, value in headers:
-            lines.append(b"%b: %b\r\n" % (name, value))
+            lines += (name, b": ", value, b"\r\n")
             if name == b"content-length":
                 chunked = False
             elif name == b"connection" and value == b"close":
@@ -228,19 +240,17 @@ class DirectCycle:
 
         Until the answer goes on by `write`, whoever has the descriptor writes whole chunks to it.
         """
-        transport = self._line.transport
+        line = self._line
         if (
             self.response_complete
             or self.stalled
             or not self._chunked
             or self._answer_head
-            or transport.is_closing()
-            or transport.get_write_buffer_size()
-            or transport.get_extra_info("sslcontext") is not None
+            or line.transport.is_closing()
+            or line.transport.get_write_buffer_size()
         ):
             return -1
-        opened = transport.get_extra_info("socket")
-        return -1 if opened is None else int(opened.fileno())
+        return line.fd
 
     def _send(self, data: bytes, *, more: bool) -> None:
         if self.response_complete:
@@ -318,7 +328,10 @@ class Lane:
         """Begin the cycle of a request whose head is that of the one `before` it."""
         if len(body) > self._max_body_bytes:
             return None
-        lines = self._lines(default_headers)
+        if default_headers is self._default_headers:
+            lines = self._default_lines
+        else:
+            lines = self._lines(default_headers)
         return DirectCycle(
             line, before.route, before.head, self._enter, lines, now_s, keep_alive=True
         )

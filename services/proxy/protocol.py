@@ -15,6 +15,7 @@ from typing import Any, Final, cast
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from services.proxy.carrier.carrying import descriptor
 from services.proxy.draining import CROSSING_S, IDLE_S, Ending, Refuser
 from services.proxy.familiar import END, FamiliarHead, familiar
 from services.proxy.lane import DirectCycle, Lane
@@ -41,6 +42,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - uvicorn's own
         super().__init__(*args, **kwargs)
+        self.fd = -1
         self._unparsed_bytes = 0
         self._spans = False
         """The head came in more than one read."""
@@ -70,6 +72,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin to wait for a head."""
         super().connection_made(cast("asyncio.Transport", transport))
+        self.fd = descriptor(transport)
         self.head_since_s = self.loop.time()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -253,7 +256,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def _again(self, body: bytes) -> bool:
         """Begin the request that came with a familiar head; False if it has to be parsed."""
         lane, ending = self.lane, self.ending
-        before = cast("RequestResponseCycle | DirectCycle", self.cycle)
+        before: object = self.cycle
         if (
             lane is None
             or ending.refusing
@@ -267,7 +270,8 @@ class LimitedProtocol(HttpToolsProtocol):
         if cycle is None:
             return False
         cycle.stalled = self.stalled_since_s is not None
-        self.cycle = cast("Any", cycle)
+        taken: Any = cycle
+        self.cycle = taken
         self._unanswered.clear()
         self._unanswered.append(cycle)
         cycle.body_is(body)

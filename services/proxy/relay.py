@@ -32,6 +32,7 @@ only its JSON tells whether it was cut."""
 WHOLE: Final = b"\n\n\r\n"
 """How a chunk of whole events ends."""
 
+_NO_HEAD: Final = Head(0)
 _COMPLETION_TOKENS: Final = b'"completion_tokens":'
 _NUMBER: Final = re.compile(rb"[ \t]*([0-9]{1,12})")
 
@@ -63,7 +64,7 @@ class Relay:
         self._dialect = dialect
         self._model = model
         self._path = path
-        self._head = Head(0)
+        self._head = _NO_HEAD
         self._streams = False
         self._in_chunks = False
         """What is read are the replica's chunks, to be passed on as they are."""
@@ -122,10 +123,10 @@ class Relay:
             return self._feed_tape(tape, data, complete=complete)
         if self.client.started:
             return self._feed_begun(data, complete=complete)
+        if complete:
+            return self._whole(b"".join((*self._held, data)) if self._held else data)
         self._held.append(data)
         self._held_bytes += len(data)
-        if complete:
-            return self._whole(b"".join(self._held))
         if self._held_bytes > UNARY_BUFFER_BYTES and self._head.framed:
             self._start()
             self.client.write(b"".join(self._held), more=True)
@@ -176,7 +177,7 @@ class Relay:
         """Forget a try that came to nothing."""
         self._held.clear()
         self._held_bytes = 0
-        self._head = Head(0)
+        self._head = _NO_HEAD
         self._streams = False
         self.failure = None
         if self.tape is not None and not self.client.started:

@@ -45,6 +45,8 @@ LINGER_S: Final = 0.005
 """A release without a reserve to travel with waits this long for one: under light load that halves
 the calls, and nobody waits for a release."""
 
+_NOBODY: Final = frozenset({BUSY, NONE})
+
 _log = structlog.get_logger(__name__)
 
 Answer = Callable[[str], None]
@@ -306,8 +308,6 @@ class Reservations:
 
     def _answered(self, batch: list[_Entry], reply: BatchReply, sent_s: float) -> None:
         now_s = self._loop.time()
-        self._metrics.batch_ops.observe(len(batch))
-        self._metrics.batch_s.observe(now_s - sent_s)
         if now_s - sent_s <= RESERVE_DEADLINE_S:
             self.breaker.answered()
         for entry, result in zip(batch, reply.results, strict=True):
@@ -315,13 +315,15 @@ class Reservations:
                 self._give(entry, str(result), now_s)
             elif isinstance(entry.op, Reserve):
                 self._overtaken(entry.request, str(result))
+        self._metrics.batch_ops.observe(len(batch))
+        self._metrics.batch_s.observe(now_s - sent_s)
         self._saw_version(reply.ver)
 
     def _overtaken(self, request: str, result: str) -> None:
         """Move the ledger to the local decision that its answer came too late for."""
         holding = self.live.get(request)
         if holding is None:
-            if result not in {BUSY, NONE}:
+            if result not in _NOBODY:
                 self._tell(Release(request))
         elif holding.rid != result:
             self._tell(Adopt(request, holding.rid, holding.cost_tokens))
@@ -368,6 +370,6 @@ class Reservations:
             return
         entry.answer = None
         self._metrics.choice_s.observe(perf_counter() - entry.began_s)
-        if result not in {BUSY, NONE}:
+        if result not in _NOBODY:
             self.live.add(entry.request, Holding(result, op.cost_on(result), now_s))
         answer(result)

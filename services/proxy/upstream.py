@@ -11,7 +11,7 @@ from typing import Final, NamedTuple, Protocol, cast
 
 import httptools
 
-from services.proxy.carrier.carrying import Carried
+from services.proxy.carrier.carrying import Carried, descriptor
 from services.proxy.familiar import END, MAX_BYTES, FamiliarHead, familiar
 from services.proxy.framing import Chunks
 
@@ -95,6 +95,7 @@ class Connection(asyncio.Protocol):
         "_complete",
         "_content_type",
         "_familiar",
+        "_fd",
         "_framed",
         "_fresh",
         "_got_bytes",
@@ -116,6 +117,8 @@ class Connection(asyncio.Protocol):
     def __init__(self, owner: Idler) -> None:
         self._owner = owner
         self._familiar = owner.familiar
+        self._fd = -1
+        """Of the socket, if it can be lent."""
         self._fresh = True
         """The parser has read nothing but whole answers."""
         self._transport: asyncio.Transport | None = None
@@ -180,6 +183,7 @@ class Connection(asyncio.Protocol):
         transport, chunks = self._transport, self._chunks
         if (
             transport is None
+            or self._fd < 0
             or transport.is_closing()
             or self._paused
             or self._sink is not listener
@@ -187,11 +191,8 @@ class Connection(asyncio.Protocol):
             or not chunks.between
         ):
             return -1
-        opened = transport.get_extra_info("socket")
-        if opened is None or transport.get_extra_info("sslcontext") is not None:
-            return -1
         transport.pause_reading()
-        return int(opened.fileno())
+        return self._fd
 
     def take_back(self, data: bytes) -> None:
         """Read again, after `data`, which was read while the connection was lent."""
@@ -199,6 +200,17 @@ class Connection(asyncio.Protocol):
             self._transport.resume_reading()
         if data:
             self.data_received(data)
+
+    def carried_whole(self) -> None:
+        """Tell that all of the answer has come, after its last bytes were carried."""
+        sink, transport = self._sink, self._transport
+        if sink is None or transport is None:
+            return
+        if not transport.is_closing():
+            transport.resume_reading()
+        self._complete = True
+        self._finish()
+        sink.answer_data(b"", complete=True)
 
     def abort(self) -> None:
         """Close at once; an engine takes this for a cancellation. The sink hears no more."""
@@ -213,6 +225,7 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the transport: uvloop sets TCP_NODELAY, and its class is no asyncio.Transport."""
         self._transport = cast("asyncio.Transport", transport)
+        self._fd = descriptor(transport)
 
     def data_received(self, data: bytes) -> None:
         """Parse, then deliver once."""
@@ -385,7 +398,8 @@ class Connection(asyncio.Protocol):
         self._chunks = None
         self._status = 0
         self._fresh = self._reused = True
-        self.resume()
+        if self._paused:
+            self.resume()
         transport = self._transport
         if transport is None or transport.is_closing():
             return

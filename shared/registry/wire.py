@@ -172,8 +172,8 @@ class WireClient:
         """Send one command of `head` and `parts`; `on_reply` is called once, later."""
         packed = _pack(tuple(parts))
         if head is not None:
-            rest = memoryview(packed)[packed.index(b"\n") + 1 :]
-            packed = b"".join((b"*%d\r\n" % (head.parts + len(parts)), head.packed, rest))
+            rest = packed[packed.index(b"\n") + 1 :]
+            packed = b"*%d\r\n%b%b" % (head.parts + len(parts), head.packed, rest)
         wire = self._wire
         if wire is not None and len(wire) < MAX_UNANSWERED:
             wire.send(packed, on_reply)

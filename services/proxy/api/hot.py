@@ -205,10 +205,12 @@ class HotRoutes:
         head, route = cycle.head, cycle.route
         cycle.request_id = request_id_of(head.request_id)
         try:
-            _check_json(head)
+            if not head.is_json:
+                _check_json(head)
             given = peek(body)
             table = self._resolve(named_model(given))
-            request = inbound(route.upstream, body, cycle.request_id, given)
+            taped = table.spec.stream_failover is not StreamFailover.OFF
+            request = inbound(route.upstream, body, cycle.request_id, given, taped=taped)
             exchange = self._exchange(table, request, route, Relay, cycle, cycle.cut)
             exchange.begin()
         except RefusedError as error:
@@ -296,10 +298,8 @@ class HotRoutes:
 
 
 def _check_json(head: Head) -> None:
-    if not head.content_type.startswith(b"application/json"):
-        media_type = head.media_type
-        if not (media_type.startswith("application/") and media_type.endswith("json")):
-            raise RefusedError(refusals.wrong_content_type(media_type, JSON))
+    if not head.is_json:
+        raise RefusedError(refusals.wrong_content_type(head.media_type, JSON))
 
 
 def _refusal_of(

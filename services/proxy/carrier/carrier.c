@@ -10,25 +10,30 @@
  * Nothing here blocks or calls back; of a stream it keeps its token ids and no text. Not for
  * several threads. Errors are values: -1 where there is no memory or no descriptor.
  */
+#define _GNU_SOURCE
 #include <errno.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
+#include <time.h>
 #include <unistd.h>
 
 enum {
   IN_BYTES = 1 << 16,   /* of one read; what fills it is not usual */
   OUT_BYTES = IN_BYTES * 2, /* what is retold grows by less than a tenth */
-  READY = 128,          /* streams served for one wake-up of the loop */
+  READY = 128,          /* streams that one look tells of */
+  TURN = 16,            /* streams after which there is no further look in this turn of the loop */
   MAX_SIZE_DIGITS = 6,  /* of a chunk's size */
   MAX_ID_DIGITS = 9,    /* of a token id: fits 32 bits */
 };
 
 /* Why a stream is given back. */
-enum { ENDED = 0, UNUSUAL = 1, SLOW = 2 };
+enum { ENDED = 0, UNUSUAL = 1, SLOW = 2, WHOLE = 3 };
 
 struct stream {
   int up;   /* the replica's socket */
@@ -46,11 +51,14 @@ struct carrier {
   int epoll;
   uint32_t places, first_free;
   int ready, next;
+  double now_s; /* when `events` were ready */
   struct stream *streams;
-  struct {
-    uint64_t kind, bytes;
-    const char *data;
-  } left; /* of the stream that was given back last; Python reads it (compiled.Left) */
+  struct { /* of the stream that was given back, or taken out, last: compiled.Report */
+    uint64_t kind, whole, bytes; /* whole: the answer's last chunk came, too */
+    const char *data; /* what was not carried */
+    uint64_t events, chars, ids_count;
+    uint32_t *ids;
+  } report;
   struct epoll_event events[READY];
   char in[IN_BYTES];
   char out[OUT_BYTES];
@@ -72,7 +80,14 @@ struct carrier *carrier_new(void) {
 
 int carrier_fd(const struct carrier *c) { return c->epoll; }
 
-const void *carrier_left(const struct carrier *c) { return &c->left; }
+const void *carrier_report(const struct carrier *c) { return &c->report; }
+
+/* The time on the clock of Python's loops. */
+static double now_s(void) {
+  struct timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return (double)now.tv_sec + (double)now.tv_nsec / 1e9;
+}
 
 static void forget(struct stream *s) {
   free(s->before);
@@ -83,6 +98,7 @@ static void forget(struct stream *s) {
 void carrier_free(struct carrier *c) {
   for (uint32_t place = 0; place < c->places; place++) forget(&c->streams[place]);
   free(c->streams);
+  free(c->report.ids);
   close(c->epoll);
   free(c);
 }
@@ -101,9 +117,16 @@ static bool more_places(struct carrier *c) {
   return true;
 }
 
+/* Has the kernel acknowledge every other token, instead of each one as it is read, which costs as
+ * much as reading it: the connection counts as interactive, until a token comes 40 ms late. */
+static void acknowledge_lazily(int up) {
+  int no = 0;
+  setsockopt(up, IPPROTO_TCP, TCP_QUICKACK, &no, sizeof no); /* merely dearer without it */
+}
+
 /* Takes a stream over; returns its place, or -1. `before_bytes` 0: it is passed on as it is. */
 int carrier_add(struct carrier *c, int up, int down, const char *before, uint32_t before_bytes,
-                const char *after, uint32_t after_bytes, double now_s) {
+                const char *after, uint32_t after_bytes) {
   if (c->first_free == NOWHERE && !more_places(c)) return -1;
   uint32_t place = c->first_free;
   struct stream *s = &c->streams[place];
@@ -116,37 +139,35 @@ int carrier_add(struct carrier *c, int up, int down, const char *before, uint32_
     s->before_bytes = before_bytes;
     s->after_bytes = after_bytes;
   }
-  struct epoll_event event = {.events = EPOLLIN, .data.u32 = place};
+  struct epoll_event event = {.events = EPOLLIN | EPOLLRDHUP | EPOLLET, .data.u32 = place};
   if (epoll_ctl(c->epoll, EPOLL_CTL_ADD, up, &event) != 0) {
     forget(s);
     s->next_free = next_free;
     return -1;
   }
+  acknowledge_lazily(up);
   s->up = up;
   s->down = down;
-  s->heard_s = now_s;
+  s->heard_s = now_s();
   c->first_free = next_free;
   return (int)place;
-}
-
-/* What was carried of a stream so far. `ids` is good until the stream is removed. */
-void carrier_told(const struct carrier *c, uint32_t place, uint64_t *events, uint64_t *chars,
-                  uint64_t *ids_count, const uint32_t **ids) {
-  const struct stream *s = &c->streams[place];
-  *events = s->events;
-  *chars = s->chars;
-  *ids_count = s->ids_count;
-  *ids = s->ids;
 }
 
 double carrier_heard_s(const struct carrier *c, uint32_t place) {
   return c->streams[place].heard_s;
 }
 
-/* Takes a stream out; both sockets must be open still. */
+/* Takes a stream out, and reports what was carried of it; both sockets must be open still. Ids are
+ * good until the next stream is taken out. */
 void carrier_remove(struct carrier *c, uint32_t place) {
   struct stream *s = &c->streams[place];
   epoll_ctl(c->epoll, EPOLL_CTL_DEL, s->up, NULL);
+  free(c->report.ids);
+  c->report.events = s->events;
+  c->report.chars = s->chars;
+  c->report.ids_count = s->ids_count;
+  c->report.ids = s->ids;
+  s->ids = NULL;
   forget(s);
   s->next_free = c->first_free;
   c->first_free = place;
@@ -191,12 +212,18 @@ static uint64_t count_events(const char *at, size_t bytes) {
   return events;
 }
 
-/* Checks a read that is passed on as it is: whole chunks of whole events. */
-static bool pass(struct stream *s, const char *in, size_t bytes) {
+static const char LAST_CHUNK[] = "0\r\n\r\n";
+enum { LAST_CHUNK_BYTES = sizeof LAST_CHUNK - 1 };
+
+/* Checks a read that is passed on as it is: whole chunks of whole events, and perhaps the last one
+ * without trailers (`whole`), with nothing after it. */
+static bool pass(struct stream *s, const char *in, size_t bytes, bool *whole) {
   const char *at = in, *end = in + bytes, *payload;
   size_t size;
   uint64_t events = 0;
   while (at < end) {
+    *whole = end - at == LAST_CHUNK_BYTES && memcmp(at, LAST_CHUNK, LAST_CHUNK_BYTES) == 0;
+    if (*whole) break;
     if (!chunk(at, end, &payload, &size)) return false;
     events += count_events(payload, size);
     at = payload + size + 2;
@@ -321,45 +348,62 @@ static size_t retell(struct stream *s, const char *in, size_t bytes, char *out) 
 }
 
 static bool leave(struct carrier *c, uint64_t kind, const char *data, size_t bytes) {
-  c->left.kind = kind;
-  c->left.data = data;
-  c->left.bytes = bytes;
+  c->report.kind = kind;
+  c->report.data = data;
+  c->report.bytes = bytes;
   return false;
 }
 
-/* Carries what has come for one stream; false: it is to be given back, see `left`. */
-static bool carry(struct carrier *c, struct stream *s, double now_s) {
-  ssize_t got = recv(s->up, c->in, IN_BYTES, MSG_DONTWAIT);
-  if (got < 0 && (errno == EAGAIN || errno == EINTR)) return true;
-  if (got <= 0) return leave(c, ENDED, c->in, 0);
-  s->heard_s = now_s;
-  size_t bytes = (size_t)got;
+/* Hands a read on; false: the stream is to be given back, see `report`. */
+static bool hand_on(struct carrier *c, struct stream *s, size_t got) {
+  size_t bytes = got;
   const char *out = c->in;
+  bool whole = false;
   if (s->before != NULL) {
     out = c->out;
-    bytes = retell(s, c->in, bytes, c->out);
-    if (!bytes) return leave(c, UNUSUAL, c->in, (size_t)got);
-  } else if (!pass(s, c->in, bytes)) {
-    return leave(c, UNUSUAL, c->in, bytes);
+    bytes = retell(s, c->in, got, c->out);
+    if (!bytes) return leave(c, UNUSUAL, c->in, got);
+  } else if (!pass(s, c->in, got, &whole)) {
+    return leave(c, UNUSUAL, c->in, got);
   }
   ssize_t sent = send(s->down, out, bytes, MSG_DONTWAIT | MSG_NOSIGNAL);
   if (sent < 0) sent = 0; /* whatever it is, who writes the rest learns it */
+  c->report.whole = whole;
   if ((size_t)sent < bytes) return leave(c, SLOW, out + sent, bytes - (size_t)sent);
+  return !whole || leave(c, WHOLE, out, 0);
+}
+
+/* Carries all that has come for one stream, of which an edge tells once; false: it is to be given
+ * back, see `report`. A read that is short has emptied the socket, unless it came to its end. */
+static bool carry(struct carrier *c, struct stream *s, uint32_t edge) {
+  ssize_t got;
+  do {
+    got = recv(s->up, c->in, IN_BYTES, MSG_DONTWAIT);
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0 && errno == EAGAIN) return true;
+    if (got <= 0) return leave(c, ENDED, c->in, 0);
+    s->heard_s = c->now_s;
+    if (got == IN_BYTES) return leave(c, UNUSUAL, c->in, IN_BYTES);
+    if (!hand_on(c, s, (size_t)got)) return false;
+  } while (got < 0 || edge & (EPOLLRDHUP | EPOLLHUP | EPOLLERR));
   return true;
 }
 
-/* Carries what has come; returns the place of a stream that must be removed now, and then this be
- * called again, or -1 where nothing is left to do. */
-int carrier_run(struct carrier *c, double now_s) {
-  if (c->next == c->ready) {
-    c->next = 0;
-    c->ready = epoll_wait(c->epoll, c->events, READY, 0);
-    if (c->ready < 0) c->ready = 0;
-  }
-  while (c->next < c->ready) {
-    uint32_t place = c->events[c->next++].data.u32;
+/* Carries what has come, and what comes meanwhile: tokens come in bursts, and the loop's next turn
+ * costs more than another look. Returns the place of a stream that must be removed now, and then
+ * this be called again; -1 where nothing is left, or others should have their turn. */
+int carrier_run(struct carrier *c) {
+  for (int carried = 0;; carried++) {
+    if (c->next == c->ready) {
+      if (carried >= TURN) return -1;
+      c->now_s = now_s();
+      c->next = 0;
+      c->ready = epoll_wait(c->epoll, c->events, READY, 0);
+      if (c->ready <= 0) return c->ready = 0, -1;
+    }
+    struct epoll_event *event = &c->events[c->next++];
+    uint32_t place = event->data.u32;
     struct stream *s = &c->streams[place];
-    if (s->down >= 0 && !carry(c, s, now_s)) return (int)place;
+    if (s->down >= 0 && !carry(c, s, event->events)) return (int)place;
   }
-  return -1;
 }

@@ -16,11 +16,12 @@ import ctypes
 from array import array
 from typing import Any, Final, NamedTuple, Protocol
 
-from services.proxy.carrier.compiled import load
+from services.proxy.carrier import compiled
 
 ENDED: Final = 0
 UNUSUAL: Final = 1
 SLOW: Final = 2
+WHOLE: Final = 3
 """Why the library gives a stream back (as in carrier.c)."""
 
 MAX_OFFERS: Final = 16
@@ -54,6 +55,10 @@ class Source(Protocol):
 
     def pause(self) -> None:
         """Read nothing for now."""
+        ...
+
+    def carried_whole(self) -> None:
+        """Go on after an answer whose last bytes were carried, too; reads again."""
         ...
 
 
@@ -111,14 +116,15 @@ class Carrier:
         self._self: int | None = library.carrier_new()
         if self._self is None:
             raise OSError("no descriptor, or no memory, for the carrier")
-        self._left = library.carrier_left(self._self).contents
+        self._report: compiled.Report = library.carrier_report(self._self).contents
         self._streams: dict[int, Carried] = {}
         self._run: Any = library.carrier_run
         self.taken = 0
         """Streams that were given to the library so far."""
         self.tokens = 0
         """Events that were carried, of streams that were taken back."""
-        loop.add_reader(library.carrier_fd(self._self), self._ready)
+        # What came with tokens goes first: a request's steps are few, and waited for.
+        loop.add_reader(library.carrier_fd(self._self), loop.call_soon, self._carry)
 
     @property
     def streams(self) -> int:
@@ -126,14 +132,27 @@ class Carrier:
         return len(self._streams)
 
     def offer(self, source: Source, target: Target, listener: object) -> None:
-        """Carry a stream from the loop's next turn on, when what was written has been sent.
+        """Carry a stream from now on, if all that was written has been sent.
 
-        `listener` is whom the source serves: if that is another one then, nothing is done.
+        `listener` is whom the source is thought to serve: if it is another one, nothing is done.
         """
-        if target.offers >= MAX_OFFERS or target.shape is None:
+        if target.offers >= MAX_OFFERS or (shape := target.shape) is None:
             return
         target.offers += 1
-        self._loop.call_soon(self._enter, source, target, listener)
+        if self._self is None or source.carried is not None or (down := target.lend()) < 0:
+            return
+        up = source.lend(listener)
+        if up < 0:
+            return
+        before, after = shape
+        place = self._library.carrier_add(
+            self._self, up, down, before, len(before), after, len(after)
+        )
+        if place < 0:
+            source.take_back(b"")
+            return
+        self.taken += 1
+        source.carried = self._streams[place] = Carried(self, place, source, target)
 
     def heard_s(self, place: int) -> float:
         """Tell when something of a stream was read last."""
@@ -143,16 +162,14 @@ class Carrier:
         """Take a stream back, and tell its target what was carried."""
         carried = self._streams.pop(place)
         carried.source.carried = None
-        events, chars, count = ctypes.c_uint64(), ctypes.c_uint64(), ctypes.c_uint64()
-        ids = ctypes.c_void_p()
-        library = self._library
-        library.carrier_told(self._self, place, events, chars, count, ids)
-        copy = array("I")
-        if count.value:
-            copy.frombytes(ctypes.string_at(ids.value or 0, count.value * copy.itemsize))
-        library.carrier_remove(self._self, place)
-        self.tokens += events.value
-        carried.target.carried(Told(events.value, chars.value, copy))
+        self._library.carrier_remove(self._self, place)
+        report = self._report
+        events, count = report.events, report.ids_count
+        ids = array("I")
+        if count:
+            ids.frombytes(ctypes.string_at(report.ids or 0, count * ids.itemsize))
+        self.tokens += events
+        carried.target.carried(Told(events, report.chars, ids))
 
     def close(self) -> None:
         """Take everything back, and end; nothing can be offered any more."""
@@ -166,46 +183,51 @@ class Carrier:
         self._library.carrier_free(self._self)
         self._self = None
 
-    def _enter(self, source: Source, target: Target, listener: object) -> None:
-        if self._self is None or source.carried is not None or (shape := target.shape) is None:
-            return
-        down = target.lend()
-        if down < 0:
-            return
-        up = source.lend(listener)
-        if up < 0:
-            return
-        before, after = shape
-        place = self._library.carrier_add(
-            self._self, up, down, before, len(before), after, len(after), self._loop.time()
-        )
-        if place < 0:
-            source.take_back(b"")
-            return
-        self.taken += 1
-        source.carried = self._streams[place] = Carried(self, place, source, target)
-
-    def _ready(self) -> None:
+    def _carry(self) -> None:
         """Carry what has come, and handle what is given back."""
-        run, me, now_s = self._run, self._self, self._loop.time()
-        while (place := run(me, now_s)) >= 0:
-            left = self._left
-            data = ctypes.string_at(left.data, left.bytes) if left.bytes else b""
-            kind = left.kind
-            carried = self._streams[place]
-            source, target = carried.source, carried.target
-            self.take(place)
-            if kind == SLOW:
-                source.take_back(b"")
-                if not target.write_rest(data):
-                    source.pause()
-            else:
-                source.take_back(data)
-            if self._self is None:
-                return  # what was handled has ended us
+        run, me = self._run, self._self
+        while me is not None and (place := run(me)) >= 0:
+            try:
+                self._given_back(place)
+            except Exception as error:  # noqa: BLE001 - others have come, whose edges are told once
+                self._loop.call_exception_handler(
+                    {"message": "a stream that was carried was not handled", "exception": error}
+                )
+            me = self._self  # what was handled may have ended us
+
+    def _given_back(self, place: int) -> None:
+        """Take a stream back, and handle what was read of it last."""
+        report = self._report
+        kind, whole, size = report.kind, report.whole, report.bytes
+        data = ctypes.string_at(report.data or 0, size) if size else b""
+        carried = self._streams[place]
+        source, target = carried.source, carried.target
+        self.take(place)
+        if kind == WHOLE:
+            source.carried_whole()
+        elif kind == SLOW and whole:
+            target.write_rest(data)
+            source.carried_whole()
+        elif kind == SLOW:
+            source.take_back(b"")
+            if not target.write_rest(data):
+                source.pause()
+        else:
+            source.take_back(data)
+
+
+def descriptor(transport: asyncio.BaseTransport) -> int:
+    """Give the descriptor of a transport's socket; -1 where it writes other bytes than it is given.
+
+    It is the transport's until `connection_lost` has been called.
+    """
+    opened = transport.get_extra_info("socket")
+    if opened is None or transport.get_extra_info("sslcontext") is not None:
+        return -1
+    return int(opened.fileno())
 
 
 def make_carrier(loop: asyncio.AbstractEventLoop) -> Carrier | None:
     """Make the carrier of a proxy; None where the library was not built."""
-    library = load()
+    library = compiled.load()
     return None if library is None else Carrier(library, loop)

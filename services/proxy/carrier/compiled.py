@@ -24,14 +24,30 @@ FLAGS: Final = (
 )
 
 
-class Left(ctypes.Structure):
-    """Of a stream that is given back: why, and the bytes that were not carried."""
+class Report(ctypes.Structure):
+    """Of the stream that was given back, or taken out, last."""
 
     _fields_ = (
         ("kind", ctypes.c_uint64),
+        ("whole", ctypes.c_uint64),
         ("bytes", ctypes.c_uint64),
         ("data", ctypes.c_void_p),
+        ("events", ctypes.c_uint64),
+        ("chars", ctypes.c_uint64),
+        ("ids_count", ctypes.c_uint64),
+        ("ids", ctypes.c_void_p),
     )
+    kind: int
+    """Why it was given back."""
+    whole: int
+    """Of a slow client's stream: whether its last chunk was read, too."""
+    bytes: int
+    """How much of what was read was not carried, which stands at `data`."""
+    data: int | None
+    events: int
+    chars: int
+    ids_count: int
+    ids: int | None
 
 
 class BuildError(Exception):
@@ -53,20 +69,17 @@ def load() -> ctypes.PyDLL | None:
         library = ctypes.PyDLL(str(library_path()))
     except OSError:
         return None
-    place, size, time_s = ctypes.c_uint32, ctypes.c_uint32, ctypes.c_double
-    carrier, counted = ctypes.c_void_p, ctypes.POINTER(ctypes.c_uint64)
-    ids = ctypes.POINTER(ctypes.c_void_p)
-    text, file, nothing = ctypes.c_char_p, ctypes.c_int, None
+    place, size = ctypes.c_uint32, ctypes.c_uint32
+    carrier, text, file = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int
     for name, result, arguments in (
         ("new", carrier, ()),
-        ("free", nothing, (carrier,)),
+        ("free", None, (carrier,)),
         ("fd", file, (carrier,)),
-        ("left", ctypes.POINTER(Left), (carrier,)),
-        ("add", ctypes.c_int, (carrier, file, file, text, size, text, size, time_s)),
-        ("run", ctypes.c_int, (carrier, time_s)),
-        ("told", nothing, (carrier, place, counted, counted, counted, ids)),
-        ("heard_s", time_s, (carrier, place)),
-        ("remove", nothing, (carrier, place)),
+        ("report", ctypes.POINTER(Report), (carrier,)),
+        ("add", ctypes.c_int, (carrier, file, file, text, size, text, size)),
+        ("run", ctypes.c_int, (carrier,)),
+        ("heard_s", ctypes.c_double, (carrier, place)),
+        ("remove", None, (carrier, place)),
     ):
         function = getattr(library, f"carrier_{name}")
         function.restype, function.argtypes = result, arguments

@@ -144,6 +144,13 @@ class _Source:
         """Note it."""
         self._stream.paused += 1
 
+    def carried_whole(self) -> None:
+        """Note that there is no more to come."""
+        stream = self._stream
+        stream.lent = False
+        stream.backs.append(b"whole")
+        stream.chunks.ended = True
+
 
 def event(source: random.Random, number: int) -> bytes:
     """Make an event: usual ones mostly, and each kind of unusual one."""
@@ -243,6 +250,7 @@ async def test_carried_streams_are_relayed_as_python_relays_them(
         assert unframed(stream.out) == unframed(alone.out), seed
         if stream.tape is None or alone.tape is None:
             assert stream.events == alone.events, seed
+            assert stream.chunks.ended == alone.chunks.ended, seed
         else:
             for name in ("ids", "chars", "finished", "error", "refusal", "usage_told"):
                 assert getattr(stream.tape, name) == getattr(alone.tape, name), (seed, name)
@@ -267,7 +275,9 @@ async def enter(carrier: Carrier, stream: Stream) -> None:
     assert stream.source.carried is not None
 
 
-@pytest.mark.parametrize("data", [b"3\r\nx\n:\r\n", plain("x")[:-2] + b"xx", b"0\r\n\r\n", b"x"])
+@pytest.mark.parametrize(
+    "data", [b"3\r\nx\n:\r\n", plain("x")[:-2] + b"xx", b"0\r\nx: y\r\n\r\n", b"x"]
+)
 async def test_what_is_no_whole_event_is_given_back(carrier: Carrier, data: bytes) -> None:
     """Else a stream that breaks off could not be ended by an event of its own."""
     stream = Stream(None)
