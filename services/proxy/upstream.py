@@ -212,6 +212,11 @@ class Connection(asyncio.Protocol):
         self._finish()
         sink.answer_data(b"", complete=True)
 
+    def give_up(self) -> None:
+        """Close at once; the sink learns that the answer is lost."""
+        if self._transport is not None:
+            self._transport.abort()
+
     def abort(self) -> None:
         """Close at once; an engine takes this for a cancellation. The sink hears no more."""
         self._sink = None

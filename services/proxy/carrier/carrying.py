@@ -61,6 +61,10 @@ class Source(Protocol):
         """Go on after an answer whose last bytes were carried, too; reads again."""
         ...
 
+    def give_up(self) -> None:
+        """Close at once, and tell whom it serves that the answer is lost."""
+        ...
+
 
 class Target(Protocol):
     """Who tells the stream to its client."""
@@ -187,12 +191,14 @@ class Carrier:
         """Carry what has come, and handle what is given back."""
         run, me = self._run, self._self
         while me is not None and (place := run(me)) >= 0:
+            source = self._streams[place].source
             try:
                 self._given_back(place)
             except Exception as error:  # noqa: BLE001 - others have come, whose edges are told once
                 self._loop.call_exception_handler(
                     {"message": "a stream that was carried was not handled", "exception": error}
                 )
+                source.give_up()  # else nobody would read it, until a deadline
             me = self._self  # what was handled may have ended us
 
     def _given_back(self, place: int) -> None:

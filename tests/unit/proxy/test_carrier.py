@@ -67,6 +67,7 @@ class Stream:
         self.lent = False
         self.lent_fd = self.up.fileno()
         self.paused = 0
+        self.given_up = False
         self.listener = object()
         self.writable = True
         self.source = _Source(self)
@@ -150,6 +151,10 @@ class _Source:
         stream.lent = False
         stream.backs.append(b"whole")
         stream.chunks.ended = True
+
+    def give_up(self) -> None:
+        """Note that the replica is to be left."""
+        self._stream.given_up = True
 
 
 def event(source: random.Random, number: int) -> bytes:

@@ -110,7 +110,7 @@ def _waiting(receiver: socket.socket) -> int:
 
 
 async def test_a_fault_in_handling_one_stream_is_no_other_ones(carrier: Carrier) -> None:
-    """What else came with it is carried: its edge is not told again."""
+    """What else came with it is carried, as its edge is not told again; the stream is given up."""
     faulty, other = Stream(None), Stream(None)
     faults: list[object] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: faults.append(context))
@@ -124,6 +124,7 @@ async def test_a_fault_in_handling_one_stream_is_no_other_ones(carrier: Carrier)
         stream.replica.sendall(data)
     await wait_until(lambda: _waiting(other.client) > 0, what="it is carried")
     assert (len(faults), carrier.streams) == (1, 1)
+    assert (faulty.given_up, other.given_up) == (True, False)
     carrier.close()
     for stream in (faulty, other):
         stream.close()
