@@ -5,7 +5,7 @@ import os
 import select
 import signal
 import time
-from typing import Final
+from typing import Any, Final
 
 import httpx
 import psutil
@@ -26,6 +26,8 @@ STORM_S: Final = 60.0
 LONGEST_STORM_S: Final = 300.0
 """On a slow machine an engine takes a minute to come back, and can be killed again only then."""
 KILLS: Final = 3
+LIMITS: Final = httpx.Limits(max_connections=2 * STREAMS, keepalive_expiry=60)
+"""Usually the pool closes what was idle for 5 s, without a lock, so perhaps under a request."""
 OUT_S: Final = 1.0
 """From an engine's death until no proxy is told of it any more."""
 
@@ -90,7 +92,7 @@ async def test_fifty_streams_outlive_their_engines(mesh: Mesh, faq: dict[str, st
     questions = sorted(faq, key=lambda question: -len(faq[question]))[:STREAMS]
     async with (
         mesh.registry() as registry,
-        httpx.AsyncClient(timeout=180, limits=httpx.Limits(max_connections=2 * STREAMS)) as client,
+        httpx.AsyncClient(timeout=180, limits=LIMITS) as client,
     ):
 
         async def ask(number: int) -> Answer:
@@ -102,8 +104,8 @@ async def test_fifty_streams_outlive_their_engines(mesh: Mesh, faq: dict[str, st
                 "max_tokens": TOKENS,
                 "temperature": 0,
             }
-            url = mesh.urls[number % len(mesh.urls)]
-            return read((await client.post(f"{url}{CHAT}", json=asked)).content)
+            url = f"{mesh.urls[number % len(mesh.urls)]}{CHAT}"
+            return await _answer(client, url, asked)
 
         wanted = await asyncio.gather(*(ask(number) for number in range(STREAMS)))
         assert [answer.text for answer in wanted] == [faq[question] for question in questions]
@@ -144,6 +146,14 @@ async def test_fifty_streams_outlive_their_engines(mesh: Mesh, faq: dict[str, st
             same(one, before)
     audit = await mesh.ask("audit")
     assert audit.code == 0, audit
+
+
+async def _answer(client: httpx.AsyncClient, url: str, asked: dict[str, Any]) -> Answer:
+    try:
+        return read((await client.post(url, json=asked)).content)
+    except httpx.TransportError as error:
+        error.add_note(f"{url}: {error.__cause__ and error.__cause__.__context__!r}")
+        raise
 
 
 def _core(tree: list[psutil.Process]) -> psutil.Process:

@@ -119,8 +119,8 @@ def _levels(entry: Any) -> dict[str, float]:  # noqa: ANN401 - JSON
         token, level = told["token"], told["logprob"]
         others: list[float] = [each["logprob"] for each in told["top_logprobs"]]
     else:
-        token, level, top = cast("tuple[str, float, dict[str, float] | None]", entry)
-        others = list(top.values()) if top else []
+        token, level = cast("tuple[str, float]", entry)
+        others = []
     ranked = {f"rank {number}": value for number, value in enumerate(sorted(others))}
     return {token: level, **ranked}
 
