@@ -179,7 +179,11 @@ class Connection:
             return
         error = task.exception()
         if error is not None and not isinstance(error, RegistryError):
-            raise error
+            # Whoever waits must hear of it: what the ledger hears nothing of is under way for ever.
+            task.get_loop().call_exception_handler(
+                {"message": "a call of Redis failed as none should", "exception": error}
+            )
+            error = RegistryUnavailableError(f"Redis at {self.shown_url} was not asked: {error!r}")
         on_reply(error or task.result())
 
     def _replied(

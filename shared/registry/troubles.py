@@ -59,9 +59,11 @@ TROUBLES: Final = (
     OSError,
     TimeoutError,
     RuntimeError,
+    AttributeError,
 )
 """All that the client library raises. A `RuntimeError` is uvloop's word for a write to a transport
-that has just been closed; the library passes it on when Redis dies while it subscribes again."""
+that has just been closed; the library passes it on when Redis dies while it subscribes again. Its
+own is an `AttributeError`, where a connection is closed under a command: it writes to no writer."""
 
 
 class Troubles:

@@ -5,8 +5,9 @@ from collections.abc import Generator
 
 import pytest
 
+from shared.registry import Registry
 from shared.registry.ledger import Reserve
-from tests.support.mesh import Mesh, sim_model, start, write_models
+from tests.support.mesh import Done, Mesh, sim_model, start, write_models
 from tests.support.streams import Load
 from tests.support.waiting import wait_until
 
@@ -27,27 +28,43 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Generator[Mesh]:
         yield mesh
 
 
+async def disturbed(running: Mesh, registry: Registry) -> Done:
+    """Invent totals, and audit."""
+    keys = registry.keys.model(MODEL)
+    await registry.connection.command("HINCRBY", keys.nreq, "*", 1000)
+    await registry.connection.command("HSET", keys.cost, "nobody", 5)
+    return await running.ask("audit")
+
+
+async def repaired(running: Mesh, registry: Registry) -> tuple[str, float]:
+    """Delete all totals, repair, and say what that printed and how long it took."""
+    keys = registry.keys.model(MODEL)
+    await registry.connection.command("DEL", keys.cost, keys.nreq)
+    began_s = time.monotonic()
+    done = await running.ask("audit", "--repair")
+    assert done.code == 0, done
+    return done.out, time.monotonic() - began_s
+
+
 async def test_wrong_totals_are_found_and_repaired_under_load(running: Mesh) -> None:
     """Deleted and invented totals are drift (exit 1, with advice); --repair ends it, at once."""
     async with running.registry() as registry:
-        keys = registry.keys.model(MODEL)
         load = Load(running.ports, MODEL, max_tokens=25)
         async with load.users(USERS):
             await wait_until(lambda: load.good >= USERS, what="traffic flows")
             clean = await running.ask("audit")
             assert clean.code == 0, clean
-            await registry.connection.command("HINCRBY", keys.nreq, "*", 1000)
-            await registry.connection.command("HSET", keys.cost, "nobody", 5)
-            found = await running.ask("audit")
+            # Every 30 s a proxy works the totals out anew, and may be faster: not twice in a row.
+            found = await disturbed(running, registry)
+            if found.code == 0:
+                found = await disturbed(running, registry)
             assert found.code == 1, found
             assert "requests" in found.out
             assert "audit --repair" in found.out
-            await registry.connection.command("DEL", keys.cost, keys.nreq)
-            began_s = time.monotonic()
-            repaired = await running.ask("audit", "--repair")
-            assert repaired.code == 0, repaired
-            assert "worked out anew" in repaired.out
-            took_s = time.monotonic() - began_s
+            told, took_s = await repaired(running, registry)
+            if "worked out anew" not in told:
+                told, took_s = await repaired(running, registry)
+            assert "worked out anew" in told
             again = await running.ask("audit")
             assert again.code == 0, again
         report = load.report()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import redis.asyncio
+from redis.asyncio.cluster import RedisCluster
 from redis.exceptions import (
     AuthenticationError,
     BusyLoadingError,
@@ -215,6 +216,10 @@ async def test_readonly_looks_for_the_primary(servers: Servers, hot: bool) -> No
         (RedisClusterException("no node"), RegistryUnavailableError),
         (OSError(104, "reset"), RegistryUnavailableError),
         (RuntimeError("the handler is closed"), RegistryUnavailableError),
+        (
+            AttributeError("'NoneType' object has no attribute 'writelines'"),
+            RegistryUnavailableError,
+        ),
         (RedisTimeoutError("late"), RegistryTimeoutError),
         (ResponseError("unknown command"), RegistryRefusedError),
         (NoPermissionError("NOPERM"), RegistryRefusedError),
@@ -323,6 +328,26 @@ async def test_calls_that_fail_are_answered_with_our_errors(scheme: str) -> None
         reply = await called(connection)
         assert type(reply) is RegistryUnavailableError
         assert PASSWORD not in str(reply)
+    await connection.aclose()
+
+
+@pytest.mark.parametrize(
+    ("error", "told"), [(AttributeError("no writer"), 0), (ZeroDivisionError("a fault"), 1)]
+)
+async def test_calls_are_answered_whatever_the_library_raises(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, told: int
+) -> None:
+    """A connection that is closed under a call, and a fault, are answers, too; a fault is told."""
+    connection = await connect(settings("redis+cluster://127.0.0.1:1/0"), hot=True, prove=False)
+    faults: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: faults.append(context))
+
+    async def fails(_self: object, *_parts: object) -> None:
+        raise error
+
+    monkeypatch.setattr(RedisCluster, "execute_command", fails)
+    assert type(await called(connection)) is RegistryUnavailableError
+    assert len(faults) == told
     await connection.aclose()
 
 
