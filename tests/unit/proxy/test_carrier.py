@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import socket
-from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Final
 
@@ -37,16 +36,6 @@ IDS: Final = (
     *("[1]", "[0]", "[31999]", "[999999999]", "[4294967295]", "[4294967296]", "[-1]"),
     *("[7,8]", "[7,4294967296,8]", "[]", "null", "[ 5]"),
 )
-
-
-@pytest.fixture
-async def carrier() -> AsyncGenerator[Carrier]:
-    """Give a carrier of the test's loop."""
-    compiled.build()
-    made = carrying.make_carrier(asyncio.get_running_loop())
-    assert made is not None
-    yield made
-    made.close()
 
 
 class Stream:

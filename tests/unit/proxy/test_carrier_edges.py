@@ -3,26 +3,14 @@
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncGenerator
 
 import pytest
 
-from services.proxy.carrier import carrying, compiled
 from services.proxy.carrier.carrying import Carrier
 from tests.support.waiting import wait_until
 from tests.unit.proxy.test_carrier import Stream, enter, plain
 
 END = b"0\r\n\r\n"
-
-
-@pytest.fixture
-async def carrier() -> AsyncGenerator[Carrier]:
-    """Give a carrier of the test's loop."""
-    compiled.build()
-    made = carrying.make_carrier(asyncio.get_running_loop())
-    assert made is not None
-    yield made
-    made.close()
 
 
 @pytest.mark.parametrize("slow", [False, True])
