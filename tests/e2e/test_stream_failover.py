@@ -1,13 +1,13 @@
 """Streams of real vLLM go on from another replica, byte for byte.
 
-A proxy in the test's own loop talks to one engine through two doors, of which the first slams after
-a given event: so every kind of request is cut at many places. `test_engine_death` has a whole mesh
-whose engines are killed.
+A proxy in the test's own loop talks to one engine through two doors, of which the one that is
+tried first slams after so many tokens: so every kind of request is cut at many places.
+`test_engine_death` has a whole mesh whose engines are killed.
 """
 
 import json
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
@@ -26,8 +26,9 @@ CHAT: Final = "/v1/chat/completions"
 COMPLETIONS: Final = "/v1/completions"
 PROMPT: Final = "What happens when a replica dies?"
 TOKENS: Final = 40
-CUTS: Final = (1, 2, 5, 14, 22, 30)
-"""After which events the door slams: the first is a chat's role, or a completion's prompt."""
+CUTS: Final = (0, 1, 4, 13, 21, 29)
+"""After how many tokens the door slams, at the end of an event; 0 is after the first event, which
+is a chat's role. Not a number of events: a busy engine puts several tokens into one."""
 
 NOISE: Final = 0.1
 """Of log probabilities, on a processor whose sums depend on what is computed together: 1.5e-3 was
@@ -64,48 +65,54 @@ STOPPED: Final = {"stop": {"the stream", "replica"}, "stop shown": {"replica"}}
 
 @asynccontextmanager
 async def doors(mesh: Mesh) -> AsyncGenerator[tuple[Rig, dict[str, Any]]]:
-    """Give a proxy before one real engine behind two doors, and the first door's orders.
+    """Give a proxy before one real engine behind two doors, and their orders.
 
-    They also count the cuts, and those of them that were `bare`: after ids without any text.
+    The next stream is cut after `cut_after` tokens, if that is not None, and no other. The orders
+    also count the cuts, and those of them that were `bare`: after ids without any text.
     """
     async with mesh.registry() as registry:
         target = next(iter((await ready_replicas(registry, "demo")).values()))
     secret = Secret((mesh.state.path / "fleet-secret").read_text().strip())
     key = replica_api_key(secret, target.rid, target.gen)
-    orders: dict[str, Any] = {"cut_after": 0, "cuts": 0, "bare": 0}
+    orders: dict[str, Any] = {"cut_after": None, "cuts": 0, "bare": 0}
     async with httpx.AsyncClient(
         base_url=target.url, timeout=60, headers={"authorization": f"Bearer {key}"}
     ) as client:
 
-        def door(*, slams: bool) -> Callable[[Exchanged], Awaitable[None]]:
-            async def through(exchanged: Exchanged) -> None:
-                async with client.stream("POST", exchanged.path, json=exchanged.json) as answer:
-                    if answer.status_code != 200:
-                        await exchanged.whole(answer.status_code, await answer.aread())
+        async def door(exchanged: Exchanged) -> None:
+            cut_after, orders["cut_after"] = orders["cut_after"], None
+            async with client.stream("POST", exchanged.path, json=exchanged.json) as answer:
+                if answer.status_code != 200:
+                    await exchanged.whole(answer.status_code, await answer.aread())
+                    return
+                await exchanged.begin_stream()
+                tokens = 0
+                async for line in answer.aiter_lines():
+                    if not line:
+                        continue
+                    await exchanged.chunk(f"{line}\n\n".encode())
+                    if cut_after is None or line == "data: [DONE]":
+                        continue
+                    chunk = json.loads(line[6:])
+                    tokens += _tokens(chunk)
+                    if tokens >= cut_after:
+                        orders["cuts"] += 1
+                        orders["bare"] += _bare(chunk)
+                        exchanged.reset()
                         return
-                    await exchanged.begin_stream()
-                    events = 0
-                    async for line in answer.aiter_lines():
-                        if not line:
-                            continue
-                        await exchanged.chunk(f"{line}\n\n".encode())
-                        events += 1
-                        if slams and events == orders["cut_after"]:
-                            orders["cuts"] += 1
-                            orders["bare"] += _bare(json.loads(line[6:]))
-                            exchanged.reset()
-                            return
-                    await exchanged.chunk(b"")
-
-            return through
+                await exchanged.chunk(b"")
 
         async with (
-            Engine(door(slams=True)) as first,
-            Engine(door(slams=False)) as second,
+            Engine(door) as first,
+            Engine(door) as second,
             Rig(first, second) as rig,
         ):
             rig.http.timeout = httpx.Timeout(120)  # an engine's first log probabilities take long
             yield rig, orders
+
+
+def _tokens(chunk: dict[str, Any]) -> int:
+    return sum(len(choice.get("token_ids") or ()) for choice in chunk["choices"])
 
 
 def _bare(chunk: dict[str, Any]) -> bool:
@@ -130,7 +137,6 @@ async def check(
 
     Returns it, and how many were cut.
     """
-    orders["cut_after"] = 0
     # Not armed: what a client sees without a proxy, field for field.
     wanted = read((await rig.http.post(f"{rig.engines[1].url}{path}", json=asked)).content)
     assert wanted.done, wanted
