@@ -19,24 +19,25 @@ class ReplicaBreaker:
     to 30 s. Client errors are answers: they never count against a replica.
     """
 
-    __slots__ = ("_ejected_until_s", "_ejection_s", "_failures")
+    __slots__ = ("_ejected_until_s", "_ejection_s", "failures")
 
     def __init__(self) -> None:
-        self._failures = 0
+        self.failures = 0
+        """In a row."""
         self._ejection_s = EJECTION_S
         self._ejected_until_s = 0.0
 
     def answered(self) -> None:
         """Note that the replica answered, whatever it said."""
-        if self._failures:
-            self._failures = 0
+        if self.failures:
+            self.failures = 0
             self._ejection_s = EJECTION_S
             self._ejected_until_s = 0.0
 
     def failed(self, now_s: float) -> bool:
         """Note a connection-level failure; return whether this one ejected the replica."""
-        self._failures += 1
-        if self._failures < REPLICA_FAILURES or now_s < self._ejected_until_s:
+        self.failures += 1
+        if self.failures < REPLICA_FAILURES or now_s < self._ejected_until_s:
             return False
         self._ejected_until_s = now_s + self._ejection_s
         self._ejection_s = min(self._ejection_s * 2, MAX_EJECTION_S)
@@ -54,21 +55,18 @@ class RedisBreaker:
     one. Closes only when a beat came back faster than the deadline.
     """
 
-    __slots__ = ("_errors", "_misses", "_opened_s")
+    __slots__ = ("_errors", "_misses", "_opened_s", "open")
 
     def __init__(self) -> None:
         self._misses = 0
         self._errors = 0
-        self._opened_s: float | None = None
-
-    @property
-    def open(self) -> bool:
+        self._opened_s = 0.0
+        self.open = False
         """True while the ledger must not be asked."""
-        return self._opened_s is not None
 
     def away_s(self, now_s: float) -> float:
         """Seconds since it opened; 0 while closed."""
-        return 0.0 if self._opened_s is None else now_s - self._opened_s
+        return now_s - self._opened_s if self.open else 0.0
 
     def answered(self) -> None:
         """Note a batch that was answered in time."""
@@ -87,13 +85,13 @@ class RedisBreaker:
 
     def fast_beat(self) -> bool:
         """Note a beat answered within the deadline; return whether it closed the breaker."""
-        was_open = self.open
-        self._opened_s = None
+        was_open, self.open = self.open, False
         self.answered()
         return was_open
 
     def _trip(self, now_s: float, due: bool) -> bool:  # noqa: FBT001 - private, one caller above
         if not due or self.open:
             return False
+        self.open = True
         self._opened_s = now_s
         return True

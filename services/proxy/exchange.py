@@ -112,7 +112,7 @@ class Exchange:
         """Start, or go on where another proxy was; later arrivals queue behind those who wait."""
         self._served.exchanges.add(self)
         self._served.budget.request()
-        if self._relay.started:
+        if self._relay.client.started:
             if self._goes_on("its proxy is gone"):
                 self._reserve()
         elif self._served.room.waiting:
@@ -135,7 +135,9 @@ class Exchange:
         self._attempts += 1
         self._ledger_id = f"{self._number:x}-{self._attempts}"
         served = self._served
-        excluded = self._tries.excluded(served, self._now_s())
+        excluded = self._tries.rids
+        if served.ejected:
+            excluded = self._tries.excluded(served, self._now_s())
         offer = self._failover.offer(served.affinity)
         served.reservations.reserve(
             self._ledger_id, offer.cost_tokens, excluded, self._reserved, offer.candidates
@@ -193,8 +195,7 @@ class Exchange:
             # The ledger is ahead of the table (the version in its reply has it read again), or
             # the record does not parse: who has another replica need not wait for this one.
             self._let_go()
-            tried = self._tries.rids
-            if rid in tried or not self._served.table.ready.keys() - {*tried}:
+            if rid in self._tries.rids or not self._tries.others(self._served):
                 self._hold(self._hold_s())
             else:
                 self._tries.avoid(rid)
@@ -223,11 +224,10 @@ class Exchange:
 
     def _connected(self, connection: Connection | None, reason: str) -> None:
         self._connecting = None
-        endpoint = self._endpoint
-        if connection is None or endpoint is None:
+        if connection is None or self._endpoint is None:
             self._failed(Failure.CONNECT, reason)
         else:
-            self._use(endpoint, connection)
+            self._use(self._endpoint, connection)
 
     def _use(self, endpoint: Endpoint, connection: Connection) -> None:
         path, body = self._failover.request
@@ -236,7 +236,8 @@ class Exchange:
         self._connection = connection
         self._heard_s = self._now_s()
         connection.send(self, endpoint.request(path, self._inbound.request_id, body))
-        self._served.affinity.placed(self._inbound.prefix, endpoint.rid)
+        if (prefix := self._inbound.prefix).digests:
+            self._served.affinity.placed(prefix, endpoint.rid)
 
     # the replica's answer (upstream.Sink)
 
@@ -262,7 +263,7 @@ class Exchange:
         relay = self._relay
         if outcome is Step.STARTED:
             self._answering()
-            if relay.ended:
+            if relay.client.ended:
                 self._finish(relay.outcome)
                 return
             outcome = Step.GOES_ON
@@ -317,11 +318,11 @@ class Exchange:
             metrics.failovers[self._failover.kind].inc()
         else:
             metrics.first_byte.observe(self._heard_s - self._started_s)
-        if not self._relay.ended:
+        if not self._relay.client.ended:
             self._served.reservations.settle(self._ledger_id, self._inbound.output_tokens)
 
     def _answered(self) -> None:
-        if self._endpoint is not None:
+        if self._endpoint is not None and self._endpoint.breaker.failures:
             self._endpoint.breaker.answered()
 
     # failing
@@ -336,14 +337,13 @@ class Exchange:
 
     def _goes_on(self, detail: str) -> bool:
         """Prepare to go on with a stream elsewhere; False if it has been ended instead."""
-        served = self._served
-        spec = served.table.spec
+        spec = self._served.table.spec
         if self._failover.completed(spec):
             self._finish(self._relay.outcome)
             return False
         refused = self._failover.go_on(spec)
         if refused is not None:
-            served.metrics.failovers["refused"].inc()
+            self._served.metrics.failovers["refused"].inc()
             self._break(f"{detail}; it cannot go on elsewhere: {refused.reason}")
             return False
         self._tries = Tries()

@@ -21,7 +21,7 @@ class Failover:
         self._inbound = inbound
         self._relay = relay
         self._continuation: Continuation | None = None
-        self._taken_over = relay.started
+        self._taken_over = relay.client.started
         """It goes on because its proxy is gone: no replica was lost."""
 
     @property

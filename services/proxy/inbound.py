@@ -17,7 +17,7 @@ from services.proxy.continuation.plan import COMPLETIONS, PATHS
 from services.proxy.continuation.rules import armable
 from services.proxy.continuation.tape import Options
 from services.proxy.cost import prompt_tokens
-from services.proxy.policies.digests import Prefix, prefix_of
+from services.proxy.policies.digests import FIRST_CUT_BYTES, NO_PREFIX, Prefix, prefix_of
 from services.proxy.refusals import Refusal
 from shared.ids import new_request_id
 
@@ -117,7 +117,9 @@ def inbound(
         body=body,
         request_id=request_id,
         prompt_tokens=prompt_tokens(prompt),
-        prefix=prefix_of(prompt, bytes(given.tools)),
+        prefix=NO_PREFIX
+        if len(prompt) < FIRST_CUT_BYTES
+        else prefix_of(prompt, bytes(given.tools)),
         client_limit_tokens=limit,
         choices=1 if given.n is None else _whole(given.n) or 1,
         tape=_tape(path, given) if taped and given.stream is True else None,

@@ -118,9 +118,9 @@ class DirectCycle:
         "more_body",
         "request_id",
         "response_complete",
-        "response_started",
         "route",
         "stalled",
+        "started",
     )
 
     def __init__(
@@ -149,7 +149,8 @@ class DirectCycle:
         self.began_s = began_s
         self.keep_alive = keep_alive
         self.more_body = True
-        self.response_started = False
+        self.started = False
+        """The head has been written: there is no way back."""
         self.response_complete = False
         self.ended = False
         self.stalled = False
@@ -198,14 +199,9 @@ class DirectCycle:
 
     # the answer (client.Outlet)
 
-    @property
-    def started(self) -> bool:
-        """Tell whether the head has been written: there is no way back."""
-        return self.response_started
-
     def start(self, status: int, headers: Headers) -> None:
         """Begin the answer; its head travels with the first piece of its body."""
-        self.response_started = True
+        self.started = True
         lines = [_STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status, self._default_lines]
         chunked = status != BODILESS
         for name, value in headers:

@@ -309,8 +309,11 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def leave(self) -> None:
         """Say with the next answer that it is this connection's last one."""
-        if self._unanswered and not self._unanswered[-1].response_started:
-            self._unanswered[-1].keep_alive = False
+        last = self._unanswered[-1] if self._unanswered else None
+        if last is not None and not (
+            last.started if isinstance(last, DirectCycle) else last.response_started
+        ):
+            last.keep_alive = False
 
     def shutdown(self) -> None:
         """Do nothing: uvicorn would close an idle connection under a request on its way."""

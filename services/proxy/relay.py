@@ -73,6 +73,8 @@ class Relay:
         self._last = b""
         self._goes_on = False
         """A stream has begun, and another replica is to go on with it."""
+        self.goes_on = False
+        """And now it does."""
         self.tape: Tape | None = None
         """Set for an armed stream."""
         self.lane: DirectCycle | None = None
@@ -95,20 +97,11 @@ class Relay:
         """Tell whether the client has seen something: then there is no way back."""
         return self.client.started
 
-    @property
-    def goes_on(self) -> bool:
-        """Tell whether another replica goes on with the stream now."""
-        return self._goes_on and self._streams
-
-    @property
-    def ended(self) -> bool:
-        """Tell whether the last byte has been handed over."""
-        return self.client.ended
-
     def head(self, head: Head) -> bool:
         """Take the head of the replica's answer; tell whether its chunks are wanted as they are."""
         self._head = head
         self._streams = head.status == 200 and head.content_type.startswith(EVENT_STREAM)
+        self.goes_on = self._goes_on and self._streams
         self._in_chunks = (
             self._streams and head.in_chunks and self.tape is None and self.lane is not None
         )
@@ -178,7 +171,7 @@ class Relay:
         self._held.clear()
         self._held_bytes = 0
         self._head = _NO_HEAD
-        self._streams = False
+        self._streams = self.goes_on = False
         self.failure = None
         if self.tape is not None and not self.client.started:
             self.tape.reset()

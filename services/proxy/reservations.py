@@ -45,6 +45,10 @@ LINGER_S: Final = 0.005
 """A release without a reserve to travel with waits this long for one: under light load that halves
 the calls, and nobody waits for a release."""
 
+LONE_CALLS: Final = 3
+"""After so many calls in a row with one reserve each, the next one does not wait for the end of its
+turn either: nobody would travel with it."""
+
 _NOBODY: Final = frozenset({BUSY, NONE})
 
 _log = structlog.get_logger(__name__)
@@ -115,6 +119,8 @@ class Reservations:
         self._urgent = False
         self._lingering: asyncio.TimerHandle | None = None
         self._under_way = 0
+        self._lone = 0
+        """Calls in a row that had one reserve; those without any do not count."""
         self._landing: asyncio.Future[None] | None = None
         self._closed = False
         self.breaker = breaker
@@ -231,7 +237,9 @@ class Reservations:
     def _plan_flush(self) -> None:
         """Send reserves with this turn of the loop; let others wait a little for company."""
         if self._urgent or len(self._queue) >= BATCH_LIMIT:
-            if not self._flush_due:
+            if self._lone >= LONE_CALLS and not self._under_way:
+                self._flush()
+            elif not self._flush_due:
                 self._flush_due = True
                 self._loop.call_soon(self._flush)
         elif self._lingering is None:
@@ -256,6 +264,7 @@ class Reservations:
 
     def _take(self) -> list[_Entry]:
         batch: list[_Entry] = []
+        reserves = 0
         queue, flying = self._queue, self._flying
         while queue and len(batch) < BATCH_LIMIT:
             entry = queue.popleft()
@@ -269,9 +278,13 @@ class Reservations:
                     self._settled(entry.request)
                     continue
                 entry.op = Adopt(entry.request, holding.rid, holding.cost_tokens)
+            elif entry.answer is not None:
+                reserves += 1
             batch.append(entry)
         if not queue:
             self._urgent = False
+        if reserves:
+            self._lone = self._lone + 1 if reserves == 1 else 0
         flying.update([entry.request for entry in batch])
         return batch
 
@@ -282,9 +295,12 @@ class Reservations:
         self._under_way -= 1
         if self._closed:
             return
+        flying, unsettled = self._flying, self._unsettled
         for entry in batch:
-            self._flying.discard(entry.request)
-            self._settled(entry.request)
+            request = entry.request
+            flying.discard(request)
+            if (count := unsettled.pop(request)) > 1:
+                unsettled[request] = count - 1
         if self._deferred:
             for entry in batch:
                 later = self._deferred.pop(entry.request, None)
@@ -371,5 +387,6 @@ class Reservations:
         entry.answer = None
         self._metrics.choice_s.observe(perf_counter() - entry.began_s)
         if result not in _NOBODY:
-            self.live.add(entry.request, Holding(result, op.cost_on(result), now_s))
+            cost_tokens = op.cost_on(result) if op.affinity else op.cost_tokens
+            self.live.add(entry.request, Holding(result, cost_tokens, now_s))
         answer(result)

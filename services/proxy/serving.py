@@ -112,10 +112,10 @@ class Served:
         """Note that a request has ended: whoever waits first may have its place."""
         self.exchanges.discard(exchange)
         metrics = self.metrics
-        metrics.outcomes[outcome].inc()
+        metrics.outcomes[outcome].value += 1
         metrics.duration.observe(took_s)
         if tokens:
-            metrics.events.inc(tokens)
+            metrics.events.value += tokens
             if outcome == "2xx":
                 self.output.observe(tokens)
         self._finished += 1
@@ -188,16 +188,13 @@ class Fleet:
         self._ledger = ledger
         self.saw_version = saw_version
         """Called with a model whose table is not what Redis has."""
-        self._numbers = count(1)
+        self.next_number: Callable[[], int] = count(1).__next__
+        """Gives a request a number that is unique in this process, and so in the ledger."""
         self._served: dict[str, Served] = {}
         self._loop = asyncio.get_running_loop()
         self.now_s: Callable[[], float] = self._loop.time
         """Gives the loop's monotonic time."""
         tables.on_change(self._table_changed)
-
-    def next_number(self) -> int:
-        """Give a request a number that is unique in this process, and so in the ledger."""
-        return next(self._numbers)
 
     def served(self) -> list[Served]:
         """Give every model that has been asked for, or that the catalogue names."""

@@ -17,12 +17,13 @@ from prometheus_client.registry import Collector
 
 
 class Tally:
-    """One count; it only grows."""
+    """One count."""
 
     __slots__ = ("value",)
 
     def __init__(self) -> None:
         self.value = 0.0
+        """It only grows; where a call would cost too much, whoever counts adds to it."""
 
     def inc(self, amount: float = 1.0) -> None:
         """Count `amount` more."""

@@ -41,10 +41,11 @@ class Tries:
         self.rids = ()
 
     def excluded(self, served: Served, now_s: float) -> tuple[str, ...]:
-        """Name the replicas to avoid: tried ones, and ejected ones while there are others."""
+        """Name the replicas to avoid: tried ones, and ejected ones while there are others.
+
+        While none is ejected, these are `rids`.
+        """
         tried = self.rids
-        if not served.ejected:
-            return tried
         ejected = [rid for rid in served.ejected_now(now_s) if rid not in tried]
         if len(ejected) + len(tried) >= len(served.table.ready):
             return tried

@@ -25,5 +25,6 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     source: str = ""
     """Who says so: `controller/<id>`, `agent/<host>`, `cli`."""
     at_ms: int = 0
+    """0 while not stored, if it is when it is stored that counts."""
     id: str = ""
     """Stream id; empty until stored."""

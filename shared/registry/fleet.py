@@ -288,8 +288,10 @@ def _parse(
 
 def _event_fields(event: Event) -> list[Argument]:
     fields: list[Argument] = []
-    for name in ("kind", "subject", "message", "level", "source", "at_ms"):
+    for name in ("kind", "subject", "message", "level", "source"):
         fields += (name, str(getattr(event, name)))
+    if event.at_ms:
+        fields += ("at_ms", event.at_ms)
     return fields
 
 

@@ -224,7 +224,7 @@ class HotRoutes:
 
     def refuse(self, cycle: DirectCycle, refusal: Refusal) -> None:
         """Answer a request of the lane with an error of our own."""
-        if cycle.response_started:
+        if cycle.started:
             cycle.cut()
             return
         self._fleet.metrics.refused.labels(str(refusal.status)).inc()

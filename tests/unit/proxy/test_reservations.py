@@ -4,9 +4,12 @@ import asyncio
 import random
 from collections.abc import Sequence
 
+import pytest
+
+from services.proxy import reservations
 from services.proxy.breaker import RedisBreaker
 from services.proxy.metrics import LedgerMetrics, Metrics
-from services.proxy.reservations import Reservations
+from services.proxy.reservations import LONE_CALLS, Reservations
 from shared.errors import RegistryTimeoutError, RegistryUnavailableError
 from shared.registry.ledger import NONE, Adopt, Release, Reserve
 from tests.support.waiting import wait_until
@@ -49,6 +52,13 @@ class Desk:
         return not self.reservations.unsettled
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have no reserve decided locally, however busy the machine is."""
+    monkeypatch.setattr(reservations, "RESERVE_DEADLINE_S", 60.0)
+
+
+@pytest.mark.usefixtures("patient")
 async def test_one_batch_per_turn() -> None:
     """All operations of one turn of the loop travel in one call, in order."""
     desk = Desk()
@@ -65,6 +75,27 @@ async def test_one_batch_per_turn() -> None:
     assert desk.reservations.live.own == {"a": 5, "b": 5}
 
 
+@pytest.mark.usefixtures("patient")
+async def test_a_lone_reserve_does_not_wait_for_its_turns_end() -> None:
+    """Where calls have had one reserve each, the next is sent at once; company ends that."""
+    desk = Desk()
+    for number in range(LONE_CALLS):
+        desk.reserve(f"r{number}")
+        assert len(desk.ledger.batches) == number  # at the turn's end
+        await wait_until(desk.settled)
+    desk.reservations.release("r0")
+    desk.reserve("alone")
+    assert len(desk.ledger.batches) == LONE_CALLS + 1
+    desk.reserve("second")
+    desk.reserve("third")
+    assert len(desk.ledger.batches) == LONE_CALLS + 1  # while a call is under way, others gather
+    await wait_until(desk.settled)
+    assert [len(batch) for batch in desk.ledger.batches[LONE_CALLS:]] == [2, 2]
+    desk.reserve("with company")
+    assert len(desk.ledger.batches) == LONE_CALLS + 2
+
+
+@pytest.mark.usefixtures("patient")
 async def test_batches_are_bounded() -> None:
     """A call carries at most 64 operations, and at most two calls are under way."""
     desk = Desk()
@@ -79,6 +110,7 @@ async def test_batches_are_bounded() -> None:
     assert len(desk.ledger.held) == 200
 
 
+@pytest.mark.usefixtures("patient")
 async def test_operations_of_a_request_keep_their_order() -> None:
     """A release never overtakes an adopt of the same request that is still under way."""
     desk = Desk()
@@ -193,6 +225,7 @@ async def test_lost_reply_is_repaired() -> None:
     assert {name: lease.rid for name, lease in desk.ledger.held.items()} == {"stays": "b"}
 
 
+@pytest.mark.usefixtures("patient")
 async def test_comparison_leaves_the_unsettled_alone() -> None:
     """A comparison does not touch requests with an operation under way."""
     desk = Desk()
