@@ -27,6 +27,9 @@ _STATUS_LINES: Final = {
     status.value: b"HTTP/1.1 %d %s\r\n" % (status.value, status.phrase.encode())
     for status in HTTPStatus
 }
+_WHOLE: Final = (
+    b"HTTP/1.1 200 OK\r\n%bcontent-type: %b\r\nx-request-id: %b\r\ncontent-length: %d\r\n%b\r\n%b"
+)
 
 
 class Line(Protocol):
@@ -226,6 +229,28 @@ class DirectCycle:
             if not more:
                 body += LAST_CHUNK
         self._send(body, more=more)
+
+    def write_whole(self, content_type: bytes, body: bytes) -> None:
+        """Write the usual whole answer, with status 200, at once: most requests have one."""
+        if self.response_complete:
+            return  # the client has left
+        self.started = self.ended = self.response_complete = True
+        self._carrying = None
+        line = self._line
+        line.transport.write(
+            _WHOLE
+            % (
+                self._default_lines,
+                content_type,
+                self.request_id,
+                len(body),
+                b"" if self.keep_alive else b"connection: close\r\n",
+                body,
+            )
+        )
+        if not self.keep_alive:
+            line.transport.close()
+        line.answered()
 
     def write_chunks(self, chunks: bytes, *, more: bool) -> None:
         """Write chunks that are framed already; with `more` false they end with the last one."""

@@ -32,6 +32,7 @@ only its JSON tells whether it was cut."""
 WHOLE: Final = b"\n\n\r\n"
 """How a chunk of whole events ends."""
 
+JSON: Final = b"application/json"
 _NO_HEAD: Final = Head(0)
 _COMPLETION_TOKENS: Final = b'"completion_tokens":'
 _NUMBER: Final = re.compile(rb"[ \t]*([0-9]{1,12})")
@@ -274,11 +275,16 @@ class Relay:
         return Step.BROKEN
 
     def _whole(self, body: bytes) -> Step:
-        status = self._head.status
+        head = self._head
+        status = head.status
+        if status == 200 and head.framed and not head.retry_after and self.lane is not None:
+            self._tokens = _completion_tokens(body)
+            self.lane.write_whole(head.content_type or JSON, body)
+            return Step.STARTED
         failure = classify(status, body)
         if failure is not None:
             return self._fail(failure, f"it answered {status}")
-        if not self._head.framed and not _is_json(body):
+        if not head.framed and not _is_json(body):
             return self._fail(Failure.RESET, "it closed the connection in the middle")
         if status in {401, 403}:
             self._own(refusals.replica_key_refused(self._model))
@@ -303,7 +309,7 @@ class Relay:
     def _start(self, length: int | None = None) -> None:
         head = self._head
         headers = [
-            (b"content-type", head.content_type or b"application/json"),
+            (b"content-type", head.content_type or JSON),
             (b"x-request-id", self._request_id),
         ]
         if length is not None:

@@ -166,8 +166,12 @@ class Reservations:
 
     def release(self, request: str) -> None:
         """End the holding of `request`; nothing happens if it has none."""
-        if self.live.remove(request) is not None:
-            self._tell(Release(request))
+        if self.live.remove(request) is None:
+            return
+        if self.breaker.open:
+            self.dirty = True
+        else:
+            self._enqueue(_Entry(Release(request)))
 
     def settle(self, request: str, cost_tokens: int) -> None:
         """Change what `request` holds: it streams, so its prompt has been worked off."""

@@ -109,19 +109,21 @@ class Budget:
     ten seconds' worth of traffic's share. `delay_s` says how long a retry has to wait.
     """
 
-    __slots__ = ("_floor", "_last_s", "_ratio", "_tokens")
+    __slots__ = ("_floor", "_last_s", "_most", "_ratio", "_tokens")
 
     def __init__(
         self, now_s: float, *, ratio: float = BUDGET_RATIO, floor: float = BUDGET_FLOOR
     ) -> None:
         self._ratio = ratio
         self._floor = floor
+        self._most = 10 * floor
         self._tokens = floor
         self._last_s = now_s
 
     def request(self) -> None:
         """Count one request of ordinary traffic."""
-        self._tokens = min(self._tokens + self._ratio, 10 * self._floor)
+        if self._tokens < self._most:
+            self._tokens += self._ratio
 
     def delay_s(self, now_s: float) -> float:
         """Take one retry; return the seconds it must wait (0: go now)."""
