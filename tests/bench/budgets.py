@@ -12,6 +12,7 @@ from tests.bench.judging import MEANINGS, YARDSTICK, Measure, Runs, differences,
 ARMED: Final = "redmesh-armed"
 DISARMED: Final = "redmesh-disarmed"
 OURS: Final = (ARMED, DISARMED)
+TWO_WORKERS: Final = "redmesh-two-workers"
 ROUTERS: Final = ("vllm-router", "sglang-router")
 
 
@@ -89,6 +90,7 @@ def _at_most(workload: str, measure: Measure, bound: float) -> tuple[Budget, ...
 BUDGETS: Final = (
     *(_cpu("unary", server, YARDSTICK, 4.0) for server in OURS),
     *(_cpu("unary", server, router, 1.0) for server in OURS for router in ROUTERS),
+    _cpu("unary", TWO_WORKERS, ARMED, 2 / 1.8),  # so that two cores carry 1.8 times as much
     _cpu("stream", DISARMED, YARDSTICK, 1.35),
     _cpu("stream", ARMED, YARDSTICK, 1.6),
     _cpu("stream", ARMED, DISARMED, 1.25),

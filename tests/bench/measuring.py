@@ -61,7 +61,7 @@ async def measure(pair: Pair, cores: Cores, workload: Workload, idle: Idle, numb
     highest = Highest(tree(server.pid))
     server_s, replicas_s, core_s = cpu_s(server.pid), cpu_s(pair.pid), cores.busy_s()
     async with highest.watched():
-        answered = await pair.run(workload, server.port, server.model)
+        answered = await pair.run(workload.times(server.workers), server.port, server.model)
     own_s = cpu_s(server.pid) - server_s
     replicas_s = cpu_s(pair.pid) - replicas_s
     others_s = max(0.0, cores.busy_s() - core_s - own_s)

@@ -73,8 +73,12 @@ async def nginx(site: Site) -> AsyncGenerator[Server]:
         yield Server("nginx", port, running.pid)
 
 
-def redmesh(name: str, failover: StreamFailover) -> Start:
-    """Make a server of redmesh's proxy, for a model of its own with this kind of failover."""
+def redmesh(name: str, failover: StreamFailover, workers: int = 1) -> Start:
+    """Make a server of redmesh's proxy, for a model of its own with this kind of failover.
+
+    All its workers share the measured core: what they cost together for a request is what one
+    costs if they do not disturb each other, and then they carry as much more as they have cores.
+    """
 
     @asynccontextmanager
     async def start(site: Site) -> AsyncGenerator[Server]:
@@ -95,9 +99,10 @@ def redmesh(name: str, failover: StreamFailover) -> Start:
             prefix=site.cores.on_measured(),
             log=str(log),
             log_level="warning",
+            workers=workers,
         ) as running:
             await begun(lambda: running.serves(name), name, log)
-            yield Server(name, running.port, running.pid, name, reserved)
+            yield Server(name, running.port, running.pid, name, reserved, workers)
 
     return start
 
@@ -130,9 +135,10 @@ SERVERS: Final[Mapping[str, Start]] = {
     "redmesh-armed": redmesh("redmesh-armed", StreamFailover.VALID),
     "redmesh-disarmed": redmesh("redmesh-disarmed", StreamFailover.OFF),
     **{name: peer(name) for name in PROGRAMS},
+    "redmesh-two-workers": redmesh("redmesh-two-workers", StreamFailover.VALID, workers=2),
     "direct": direct,
 }
 """By name, in the order in which a round asks them."""
 
-USUAL: Final = tuple(name for name in SERVERS if name != "direct")
+USUAL: Final = tuple(name for name in SERVERS if name not in {"redmesh-two-workers", "direct"})
 """Measured unless told otherwise."""

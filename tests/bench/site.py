@@ -25,6 +25,8 @@ class Server(NamedTuple):
     model: str = "bench"
     reserved: Callable[[], int] | None = None
     """Counts the reservations that it holds, where it holds any."""
+    workers: int = 1
+    """Processes that share the work; for each the load is what it is for a server with one."""
 
 
 class Site(NamedTuple):

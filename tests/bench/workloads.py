@@ -52,6 +52,10 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
         """Give this load with as many users as `files` open files allow."""
         return msgspec.structs.replace(self, users=min(self.users, (files - OWN_FILES) // 2))
 
+    def times(self, workers: int) -> "Workload":
+        """Give each of `workers` this load."""
+        return msgspec.structs.replace(self, users=self.users * workers, rate=self.rate * workers)
+
     def warm_up(self) -> "Workload":
         """Give a short, small load of this kind."""
         return msgspec.structs.replace(
