@@ -2,10 +2,10 @@
 
 All operations that one turn of the loop produces for a model travel in one call (at most 64
 operations, at most two calls under way); releases wait some milliseconds for a reserve to travel
-with. A reserve that is not answered within 100 ms is decided
-locally; when its answer comes after all, the ledger is moved to what was decided. After misses or
-errors the breaker opens: everything is decided locally at once, and `dirty` asks the next beat
-after Redis' return to repair the ledger from the live requests.
+with, and a reserve for nothing where reserves have come one by one. A reserve that is not answered
+within 100 ms is decided locally; when its answer comes after all, the ledger is moved to what was
+decided. After misses or errors the breaker opens: everything is decided locally at once, and
+`dirty` asks the next beat after Redis' return to repair the ledger from the live requests.
 
 Operations of one request never overtake each other: while one is under way, the next waits.
 """
