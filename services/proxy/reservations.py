@@ -287,8 +287,8 @@ class Reservations:
             batch.append(entry)
         if not queue:
             self._urgent = False
-        if reserves:
-            self._lone = self._lone + 1 if reserves == 1 else 0
+        if reserves:  # one that another call is still under way beside came in company, too
+            self._lone = self._lone + 1 if reserves == 1 and not self._under_way else 0
         flying.update([entry.request for entry in batch])
         return batch
 

@@ -112,6 +112,7 @@ LEDGER = {
         "lease.rid != holding.rid",
         "False",
         theme="losses",
+        seed=79,
     ),
     "a comparison overlooks another cost": Mutation(
         "services.proxy.live:LiveRequests.compare",
@@ -147,8 +148,8 @@ LEDGER = {
     ),
     "a breaker never closes": Mutation(
         "services.proxy.breaker:RedisBreaker.fast_beat",
-        "self._opened_s = None",
-        "pass",
+        "self.open, False",
+        "self.open, self.open",
         theme="network",
     ),
     "a settled cost stays here": Mutation(
