@@ -161,7 +161,11 @@ class PretendedMesh:
             )
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+        # Closed however it ends: the mesh may end, and with it this task, in mid-stream.
+        with (
+            contextlib.closing(writer),
+            contextlib.suppress(OSError, asyncio.IncompleteReadError),
+        ):
             head = await reader.readuntil(b"\r\n\r\n")
             length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
             asked = msgspec.json.decode(await reader.readexactly(length))
@@ -181,7 +185,6 @@ class PretendedMesh:
             _chunk(writer, b"data: [DONE]\n\n")
             writer.write(b"0\r\n\r\n")
             await writer.drain()
-        writer.close()
 
 
 def _event(writer: asyncio.StreamWriter, content: object) -> None:

@@ -20,11 +20,10 @@ HOST = "127.0.0.1"
 
 async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Send back what comes."""
-    with contextlib.suppress(OSError):
+    with contextlib.closing(writer), contextlib.suppress(OSError):
         while data := await reader.read(100):
             writer.write(data)
             await writer.drain()
-    writer.close()
 
 
 @contextlib.asynccontextmanager

@@ -1,6 +1,6 @@
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 
 import pytest
 
@@ -17,13 +17,13 @@ async def engine(answer: bytes | None, seen: list[bytes]) -> AsyncGenerator[str]
     """Serve one fixed answer, or none, and note what was asked."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        seen.append(await reader.readuntil(b"\r\n\r\n"))
-        if answer is None:
-            await reader.read()
-        else:
-            writer.write(answer)
-            await writer.drain()
-        writer.close()
+        with closing(writer):
+            seen.append(await reader.readuntil(b"\r\n\r\n"))
+            if answer is None:
+                await reader.read()
+            else:
+                writer.write(answer)
+                await writer.drain()
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     async with server:
