@@ -73,15 +73,23 @@ async def test_the_asynchronous_openai_client_works_unchanged(
 
 
 def test_plain_text_in_plain_text_out(url: str, faq: dict[str, str]) -> None:
-    """A prompt as text/plain is answered as text/plain, piece by piece as it is generated."""
+    """A prompt as text/plain is answered as text/plain, piece by piece as it is generated.
+
+    Two engines leave proxy and client little of two cores, and an answer takes a quarter of a
+    second: now and then all of one waits for its reader. So the pieces of several are counted.
+    """
     path = f"{url}/v1/chat/demo?temperature=0"
     headers = {"Content-Type": "text/plain"}
-    with httpx.stream("POST", path, content=QUESTION, headers=headers, timeout=60) as answer:
-        pieces = list(answer.iter_text())
-    assert answer.status_code == 200
-    assert answer.headers["content-type"].startswith("text/plain")
-    assert "".join(pieces).strip() == faq[QUESTION]
-    assert len([piece for piece in pieces if piece]) > 3
+    questions = [QUESTION, *(asked for asked in sorted(faq)[:5] if asked != QUESTION)]
+    count = 0
+    for question in questions:
+        with httpx.stream("POST", path, content=question, headers=headers, timeout=60) as answer:
+            pieces = list(answer.iter_text())
+        assert answer.status_code == 200
+        assert answer.headers["content-type"].startswith("text/plain")
+        assert "".join(pieces).strip() == faq[question]
+        count += len([piece for piece in pieces if piece])
+    assert count > 3 * len(questions)
 
 
 def test_the_path_names_the_model(url: str, faq: dict[str, str]) -> None:
@@ -129,7 +137,10 @@ async def test_a_client_that_goes_away_stops_its_engine(mesh: Mesh, stream: bool
         f"POST /v1/chat/completions HTTP/1.1\r\nHost: mesh\r\nContent-Length: {len(body)}\r\n"
         "Content-Type: application/json\r\n\r\n"
     )
-    async with mesh.registry() as registry, httpx.AsyncClient() as client:
+    # No connection is used twice: an engine that was busy for five seconds closes one that waited
+    # so long, although it has been asked on it.
+    once = httpx.AsyncClient(timeout=30, limits=httpx.Limits(max_keepalive_connections=0))
+    async with mesh.registry() as registry, once as client:
         engines = [replica.url for replica in (await ready_replicas(registry, "demo")).values()]
 
         async def total(metric: str) -> float:
