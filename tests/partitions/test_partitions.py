@@ -153,6 +153,12 @@ async def test_a_replica_that_one_proxy_cannot_reach_loses_nothing(
     """Its proxy notices in seconds and goes on elsewhere; the other proxy notices nothing."""
     async with under_load(fleet) as trial:
         host, victims = least_used_host(trial)
+
+        async def used() -> bool:
+            return await streams_on(trial.registry, "px-0", victims) > 1
+
+        # The ledger spreads the requests of all proxies: those of one may all be elsewhere.
+        await wait_until(used, what="the proxy has streams there")
         with fleet.network.cut(directions("px-0", host)[direction]):
             trial.mark()
             cut_s = time.monotonic()
